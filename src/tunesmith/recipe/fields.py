@@ -369,7 +369,6 @@ class DataSource(RecipeMapping):
         "messages",
         "completion",
         "preference",
-        "openai_preference",
         "sharegpt",
         "alpaca",
         "text",

@@ -126,6 +126,9 @@ def _describe_unknown_keys(data: Json) -> str:
 
 
 def _suggest_columns(data: Json) -> str:
+    if "non_preferred_output" in data:  # OpenAI's preference rows
+        sides = "preferred_output as `chosen`, non_preferred_output as `rejected`"
+        return f"write input.messages as `prompt`, {sides}"
     chosen = next((key for key in data if key.startswith("chosen")), "")
     rejected = next((key for key in data if key.startswith("rejected")), "")
     if chosen and rejected:
@@ -363,24 +366,6 @@ def read_side(row: Row, has_template: bool, *, side: Side = "chosen") -> Example
     return _build_conversation(row, prompt_turns + read_turns(row.id, answer[num_shared:], side))
 
 
-def read_openai_preference(row: Row, has_template: bool, *, side: Side = "chosen") -> Example:
-    """Read OpenAI preference data.
-
-    `input` holds the messages; the answers are `preferred_output` and `non_preferred_output`."""
-    prompt = row.data["input"]
-    if not isinstance(prompt, dict):
-        message = "`input` is not an object"
-        fix = 'write {"messages": [...]}'
-        raise InvalidRow("not messages", message, where=row.id, fix=fix)
-    data = {
-        "prompt": prompt.get("messages"),
-        "chosen": row.data["preferred_output"],
-        "rejected": row.data["non_preferred_output"],
-        "tools": prompt.get("tools"),
-    }
-    return read_side(Row(row.id, data), has_template, side=side)
-
-
 def read_text(row: Row, has_template: bool) -> Example:  # noqa: ARG001 - shared signature
     """Read `text`: trained as it is, without a chat template."""
     text = _require_text(row, "text")
@@ -485,12 +470,6 @@ FORMATS = {
         read_side,
         _CHOSEN_ONLY_NOTE,
     ),
-    "openai_preference": RowFormat(
-        ("input", "preferred_output", "non_preferred_output"),
-        frozenset({"input", "preferred_output", "non_preferred_output"}),
-        read_openai_preference,
-        _CHOSEN_ONLY_NOTE,
-    ),
     "sharegpt": RowFormat(
         ("conversations",), frozenset({"conversations", "system", *_TOOL_KEYS}), read_sharegpt
     ),
@@ -504,7 +483,4 @@ FORMATS = {
 }
 
 # The formats with two sides.
-SIDE_READERS: dict[str, Callable[..., Example]] = {
-    "preference": read_side,
-    "openai_preference": read_openai_preference,
-}
+SIDE_READERS: dict[str, Callable[..., Example]] = {"preference": read_side}

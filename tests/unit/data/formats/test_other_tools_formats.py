@@ -13,7 +13,6 @@ from tunesmith.data.formats.parse import (
     parse_labelled,
     parse_pair,
     parse_row,
-    read_openai_preference,
     read_side,
 )
 from tunesmith.data.readers.invalid_row import InvalidRow
@@ -225,20 +224,11 @@ def test_the_reason_says_that_only_one_side_is_trained():
     )
 
 
-def test_openai_preference_files_are_read_unchanged():
-    data = {
-        "input": {"messages": [USER], "tools": [{"type": "function", "function": FUNCTION}]},
-        "preferred_output": [ANSWER],
-        "non_preferred_output": [WORSE],
-    }
-    name, turns, weights, example = read(**data)
-    assert (name, turns, weights) == (
-        "openai_preference",
-        [("user", "2+2?"), ("assistant", "4")],
-        [0, 1],
-    )
-    assert example.tools[0]["function"] == FUNCTION
-    assert read_openai_preference(row(**data), True, side="rejected").messages[-1] == WORSE
+def test_openai_preference_rows_are_refused_with_our_names():
+    data = {"input": {"messages": [USER]}, "preferred_output": [], "non_preferred_output": []}
+    with pytest.raises(InputError) as caught:
+        read(**data)
+    assert "write input.messages as `prompt`" in caught.value.fix
 
 
 def test_openai_fine_tuning_files_are_read_unchanged():
@@ -351,12 +341,6 @@ def test_openai_fine_tuning_files_are_read_unchanged():
             {"chosen": [ANSWER, USER], "rejected": []},
             "no answer at the end",
             "the last turn is `user`",
-        ),
-        (
-            "openai_preference",
-            {"input": 1, "preferred_output": 1, "non_preferred_output": 1},
-            "not messages",
-            "input",
         ),
     ],
 )
