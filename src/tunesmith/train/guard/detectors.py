@@ -126,8 +126,10 @@ THRESHOLDS: dict[str, float] = {
     "invalid JSON": 0.50,
     # share of answers that violate a constraint, over the base model's
     "constraint": 0.25,
-    # nats per token of KL(base || tuned) on text that is not trained
-    "high KL": 1.00,
+    # KL(base || tuned) on general text, in times the base model's entropy there, since what is far
+    # depends on the text. On one of 3.3 nats: 0.33 at three times the rate of the rule, with all
+    # answers learned, 0.9 and 1.5 in the two collapses at 30 times (docs/results/guard.md)
+    "high KL": 0.60,
     # one step's change / weight norm
     "large update": 0.01,
     # share of the planned steps before which no answer is called constant: a label is learned by
@@ -399,10 +401,16 @@ def constraint_violations(history: GuardHistory) -> str:
 
 
 def high_kl(history: GuardHistory) -> str:
-    """Detect a model far from its base on text that is not trained."""
+    """Detect a model far from its base on general text."""
     current = history.get_latest("kl")
-    if current is not None and current > THRESHOLDS["high KL"]:
-        return f"KL(base || tuned) is {current:.2f} nats per token on text that is not trained"
+    if current is None:
+        return ""
+    base = history.get_baseline("entropy")
+    if current > THRESHOLDS["high KL"] * base:
+        return (
+            f"KL(base || tuned) is {current:.2f} nats per token of general text, where the base "
+            f"model's entropy is {base:.2f}"
+        )
     return ""
 
 

@@ -4,8 +4,8 @@
     GenerationProbe(session, prompt_set).run_probe(step, optimizer) -> Scores and GenerationSamples
 
 A probe writes short greedy answers and reads them with the adapter off: would the base model write
-that? It also reads the expected answers, and text that is not trained: general texts, or the
-prompts when there are none. All scores are by item; later ones are compared with those of step 0.
+that? It also reads the expected answers, and general texts, if there are any: prompts are no text
+that stays as it was. All scores are by item; later ones are compared with those of step 0.
 
 Nothing here changes the model or draws a random number of training. Left out: which scores are bad
 (detectors.py), when to probe (guarded_loop.py)."""
@@ -57,7 +57,8 @@ CANDIDATES_PER_PROMPT = 4
 MAX_TEXTS = 8
 MAX_TEXT_CHARS = 512
 MAX_POSITIONS = 128  # positions with a full next-token distribution
-LOSS_METRICS = {"answer_loss_rise", "forgotten"}  # of every evaluation, with or without a probe
+# of every evaluation, with or without a probe
+LOSS_METRICS = {"answer_loss_rise", "forgotten", "kl", "entropy"}
 RATE_METRICS = {"same_answer", "end_rate", "json", "language"}  # 0 or 1 per answer
 PROMPT_ROLES = ("eval_data", "rehearsal", "retention_data")  # the first with two prompts is used
 
@@ -317,11 +318,9 @@ class GenerationProbe:
 
     def _measure_expected_loss(self) -> list[MetricValues]:
         """Return the loss of expected answers, what it rose by since the first probe, and that of
-        their EOS; without texts also the drift."""
+        their EOS."""
         prompts = self.prompt_set.prompts
-        has_texts = bool(self.prompt_set.texts)
-        positions = 0 if has_texts else MAX_POSITIONS // len(prompts)
-        stats = _measure_documents(self.session, [prompt.document for prompt in prompts], positions)
+        stats = _measure_documents(self.session, [prompt.document for prompt in prompts], 0)
         losses = [document_stats.nats / document_stats.count for document_stats in stats]
         self._base_answer_losses = self._base_answer_losses or losses
         rises = [loss - base for loss, base in zip(losses, self._base_answer_losses, strict=True)]
@@ -330,12 +329,11 @@ class GenerationProbe:
             measurements.append(self._build_metric("answer_loss_rise", rises))
         if all(prompt.has_end for prompt in prompts):
             measurements.append(self._build_metric("end_loss", [s.last_nats for s in stats]))
-        if not has_texts:
-            measurements += self._measure_drift(self.prompt_ids, stats)
         return measurements
 
     def _measure_texts(self) -> list[MetricValues]:
-        """Return the drift on general texts and the bits per byte that they lost."""
+        """Return of general texts the entropy of the next token, KL(base || tuned), and the bits per
+        byte that they lost."""
         texts = self.prompt_set.texts
         if not texts:
             return []
@@ -345,7 +343,10 @@ class GenerationProbe:
             documents.append(_build_document(1, text.id, tokens_L))
         stats = _measure_documents(self.session, documents, max(1, MAX_POSITIONS // len(texts)))
         text_ids = tuple(text.id for text in texts)
-        measurements = self._measure_drift(text_ids, stats)
+        self._base_stats = self._base_stats or stats
+        pairs = zip(stats, self._base_stats, strict=True)
+        kl = [current.compute_kl(base) for current, base in pairs]
+        entropy = [text_stats.entropy for text_stats in stats]
         lost_bits = [
             (current.nats - base.nats) / math.log(2) / len(text.text.encode())
             for text, current, base in zip(texts, stats, self._base_stats, strict=True)
@@ -359,18 +360,8 @@ class GenerationProbe:
             strata=tuple(text.domain for text in texts),
             higher_is_better=False,
         )
-        return [*measurements, forgotten]
-
-    def _measure_drift(
-        self, ids: tuple[str, ...], stats: list[_DocumentStats]
-    ) -> list[MetricValues]:
-        """Return entropy and KL(base || tuned) on text that nothing trains."""
-        if not self._base_stats:
-            self._base_stats = stats
-        pairs = zip(stats, self._base_stats, strict=True)
-        kl = [current.compute_kl(base) for current, base in pairs]
-        entropy = [document_stats.entropy for document_stats in stats]
-        return [_make_metric("entropy", ids, entropy), _make_metric("kl", ids, kl)]
+        drift = [_make_metric("entropy", text_ids, entropy), _make_metric("kl", text_ids, kl)]
+        return [*drift, forgotten]
 
     def _build_metric(self, metric: str, values: Sequence[float]) -> MetricValues:
         is_rate = metric in RATE_METRICS or metric.startswith("breaks ")
@@ -417,7 +408,7 @@ def _measure_documents(
 ) -> list[_DocumentStats]:
     """Return the stats of each document, with distributions at about `num_positions` positions.
 
-    The positions are evenly spaced over the prompt, or over a text without a prompt."""
+    The positions are evenly spaced over a text."""
     sampled_positions = [_sample_positions(document, num_positions) for document in documents]
     weighted_documents: list[Document] = []
     for document, positions in zip(documents, sampled_positions, strict=True):
@@ -452,6 +443,5 @@ def _measure_documents(
 def _sample_positions(document: Document, count: int) -> list[int]:
     if not count:
         return []
-    first_target = int(np.flatnonzero(document.weights_L)[0])
-    candidates = range(1, first_target if first_target > 1 else len(document))
+    candidates = range(1, len(document))
     return list(candidates[:: max(1, math.ceil(len(candidates) / count))])

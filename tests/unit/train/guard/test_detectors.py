@@ -120,6 +120,19 @@ def test_a_detector_speaks_once_on_its_measure_alone(
     assert [item.kind for item in run_probe(guard, 40, **changed)] == [detector]
 
 
+@pytest.mark.parametrize(
+    ("kl", "is_far"),
+    [(1.09, False), (3.0, True), (4.8, True)],
+    ids=["three times the rate, answers learned", "30 times the rate", "30 times the rate, json"],
+)
+def test_how_far_is_far_follows_from_the_text(kl: float, is_far: bool) -> None:
+    """Measured runs of SmolLM2 (docs/results/guard.md)."""
+    guard = make_guard()
+    run_probe(guard, 0, entropy=3.27)
+    fired = [verdict.kind for verdict in run_probe(guard, 10, kl=kl)]
+    assert fired == (["high KL"] if is_far else [])
+
+
 def test_the_commonest_answer_comes_first() -> None:
     """Of three classes one is said to all prompts while the right ones have become far likelier:
     that is learning."""
@@ -220,7 +233,7 @@ LIMITS = [
     ("language", "unexpected language", 0.5, 1),
     ("json", "invalid JSON", 0.0, -1),
     ("breaks sorry", "constraint", 0.25, 1),
-    ("kl", "high KL", 1.0, 1),
+    ("kl", "high KL", 0.6 * 2, 1),
     ("update_ratio", "large update", 0.01, 1),
     ("end_loss", "EOS likelihood drop", 0.5 + 1.0, 1),
 ]
