@@ -332,8 +332,7 @@ class GenerationProbe:
         return measurements
 
     def _measure_texts(self) -> list[MetricValues]:
-        """Return of general texts the entropy of the next token, KL(base || tuned), and the bits per
-        byte that they lost."""
+        """Return entropy and KL(base || tuned) on general texts, and the bits per byte lost."""
         texts = self.prompt_set.texts
         if not texts:
             return []
