@@ -421,7 +421,7 @@ def chat(
     from tunesmith.evaluate.model_ref import refuse_untrained
 
     refuse_untrained(Path(path))
-    from tunesmith.evaluate import chat as chatting
+    from tunesmith.session import chat as chatting
 
     turns = [questions] if isinstance(questions, str) else questions
     return chatting.chat(Path(path), turns, sampling, system=system)

@@ -145,10 +145,18 @@ class ErrorAnalysis:
 
 @dataclass(frozen=True)
 class NextStep:
-    """A command to run next, and why."""
+    """A command to run next, and why; if it trains, what that takes and what it should bring.
+
+    low, high: of `metric` after the step minus its value now, on the same test rows."""
 
     reason: str
     command: str
+    metric: str = ""  # task and metric
+    low: float | None = None
+    high: float | None = None
+    steps: int | None = None  # of the optimizer
+    seconds: float | None = None  # of the whole command
+    forecast: str = ""  # all of these in words, with the reason of the interval
 
 
 @dataclass(frozen=True)

@@ -2,38 +2,49 @@
 
     list_next_steps(record, run, verdict_name) -> NextSteps
 
-RULES yield what applies, the most useful first; the first MAX_STEPS are listed. In: a RunRecord,
-its folder, the name of its verdict. Out: NextSteps. Left out: the verdict (run_verdict.py).
+RULES yield what applies, the most useful first; the first MAX_STEPS are listed. A good run is left
+alone: training again is advised where evaluations show more than their noise, with a forecast
+(forecasts.py), and not where a run beside this one has tried it. In: a RunRecord, its folder, the
+name of its verdict. Out: NextSteps. Left out: the verdict (run_verdict.py).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from shlex import quote
 
 from tunesmith.core.events import EVAL_TASK, GENERAL_TASK
 from tunesmith.core.evidence import ErrorAnalysis, NextStep, Shortcut, VerdictName
 from tunesmith.core.formatting import format_count
-from tunesmith.core.run_dir import RECIPE_FILE, RESOLVED_FILE, is_staged
+from tunesmith.core.run_dir import (
+    EVENTS_FILE,
+    RECIPE_FILE,
+    RECORD_FILE,
+    RESOLVED_FILE,
+    is_staged,
+    read_events,
+    read_run_record,
+)
 from tunesmith.core.types import Comparison, PlanConfig, RunRecord
 from tunesmith.data.answer_values import LOPSIDED_SHARE
+from tunesmith.evaluate.forecasts import Forecast, Trend, find_trend, forecast_longer, make_forecast
 from tunesmith.evaluate.metrics import BITS_PER_BYTE, FORM_METRICS, split_metric
-from tunesmith.evaluate.scale_choice import (
-    build_commands,
-    describe_recommendation,
-    recommend_scale,
-)
+from tunesmith.evaluate.scale_choice import build_commands, describe_recommendation, recommend_scale
 from tunesmith.evaluate.statistics import MIN_ITEMS
-from tunesmith.plan.build import MIN_STEPS
+from tunesmith.plan.build import MIN_STEPS, normalize
+from tunesmith.plan.resolved import count_steps, describe_training, estimate_seconds
 from tunesmith.recipe.fields import parse_custom_metric
+from tunesmith.session.tried_runs import find_tried
 
 MAX_STEPS = 3
-EPOCHS_FACTOR = 2  # of epochs or steps of a run that was still improving at its end
+FACTOR = 2  # of epochs or steps of a run that was still improving at its end
 MAX_NAME_CHARS = 60
 LARGE_EFFECT = 0.2  # of right answers: test rows that may miss it are too few
+LR_TRIALS, LR_STEPS = 5, 40  # of `tune lr`
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class Facts:
     record: RunRecord
     run: Path
     verdict: VerdictName
+    trend: Trend | None  # on eval_data, during the run
 
     @property
     def folder(self) -> str:
@@ -70,37 +82,30 @@ class Facts:
         return [each for each in self.record.comparisons if is_test_task(each.task)]
 
     @property
-    def constants(self) -> list[Shortcut]:
-        return [s for s in self.errors.shortcuts if s.kind == "constant"] if self.errors else []
-
-    @property
     def has_eval_data(self) -> bool:
         return "eval_data" in self.record.plan.data
 
     @property
-    def has_forgotten(self) -> bool:
-        """Whether general text got worse, and may have lost more than the limit."""
-        limit = self.config.forgetting_margin
-        return any(
-            each.after.n >= MIN_ITEMS and each.difference > 0 and each.high > limit
-            for each in self.record.comparisons
-            if (each.task, each.metric) == (GENERAL_TASK, BITS_PER_BYTE)
-        )
+    def general(self) -> Comparison | None:
+        """General text, if it got worse, and may have lost more than the limit."""
+        for each in self.record.comparisons:
+            is_worse = each.difference > 0 and each.high > self.config.forgetting_margin
+            if (each.task, each.metric) == (GENERAL_TASK, BITS_PER_BYTE) and is_worse:
+                return each if each.after.n >= MIN_ITEMS else None
+        return None
 
     @property
-    def has_max_steps(self) -> bool:
-        """Whether max_steps ended the run, and not the epochs."""
+    def deciding(self) -> Comparison | None:
+        """The comparison on test rows that decides the verdict."""
+        metric = self.errors.metric if self.errors else ""
+        of_metric = [each for each in self.tests if each.metric == metric]
+        return next(iter(of_metric or self.tests), None)
+
+    @property
+    def max_steps(self) -> int | None:
+        """The recipe's, if they ended the run and not the epochs."""
         max_steps = self.record.plan.recipe.get("max_steps")
-        return isinstance(max_steps, int) and self.record.steps >= max_steps
-
-    @property
-    def is_still_improving(self) -> bool:
-        """Whether eval_data was best at the last step, which the guard did not end."""
-        return (
-            self.has_eval_data
-            and not self.was_ended
-            and self.record.selected_step == self.record.steps
-        )
+        return max_steps if isinstance(max_steps, int) and self.record.steps >= max_steps else None
 
     @property
     def was_ended(self) -> bool:
@@ -108,30 +113,54 @@ class Facts:
         return bool(self.record.rollbacks) and self.record.rollbacks[-1].is_end
 
     @property
-    def was_all_right(self) -> bool:
-        """Whether the model before training had nothing to learn from the test rows."""
+    def wrong(self) -> int | None:
+        """How many answers are wrong; None if only their form is known."""
         errors = self.errors
         if errors is None or split_metric(errors.metric)[0] in FORM_METRICS:
-            return False
-        return errors.right_before == errors.n
+            return None
+        return errors.n - errors.right
+
+    @property
+    def was_all_right(self) -> bool:
+        """Whether the model before training had nothing to learn from the test rows."""
+        errors = self.errors if self.wrong is not None else None
+        return errors is not None and errors.right_before == errors.n
+
+    @property
+    def is_at_ceiling(self) -> bool:
+        """Whether so few answers are wrong that the test rows cannot show a gain."""
+        return self.wrong is not None and self.wrong < MIN_ITEMS
 
     @property
     def should_be_better(self) -> bool:
-        return self.verdict in ("useful, not ready", "no effect") and not self.was_all_right
+        return self.verdict in ("useful, not ready", "no effect") and not self.is_at_ceiling
 
-    def describe_unlearned(self) -> str:
-        """Name a field that is answered by a constant although rows have enough other values."""
-        constant = next(filter(has_other_rows, self.constants), None)
-        if constant is None:
-            return ""
-        return f"; {shorten_name(constant.field) or 'the answer'} is not learned yet"
-
-    def build_training(self, reason: str, flags: str, suffix: str) -> NextStep:
-        """Return the step that trains the same recipe with other settings."""
+    def build_training(
+        self, reason: str, key: str, value: float, suffix: str, forecast: Forecast
+    ) -> NextStep:
+        """Return the step that trains with one setting changed, or the result of a run that has
+        tried it."""
+        changes = {key: value}
+        flag = f"--{key.replace('_', '-')} {normalize(value)}"
+        if tried := find_tried(self.run, self.record.plan, changes):
+            return self.describe_tried(flag, tried)
         output_dir = quote(f"{self.run}-{suffix}")
-        return NextStep(
-            reason, f"tunesmith train {self.resolved} {flags} --output-dir {output_dir}"
-        )
+        command = f"tunesmith train {self.resolved} {flag} --output-dir {output_dir}"
+        steps = count_steps(self.record.plan, changes)
+        seconds = estimate_seconds(self.record, changes)
+        text = f"{describe_training(steps, seconds)}; {forecast.text}"
+        return NextStep(reason, command, *forecast[:3], steps, seconds, text)
+
+    def describe_tried(self, flag: str, tried: Path) -> NextStep:
+        reason, now = f"{flag} was tried in {tried}", self.deciding
+        if now is None or not (tried / RECORD_FILE).is_file():
+            reason += ", which has no result"
+            return NextStep(reason, f"tunesmith report {quote(str(tried))}")
+        for each in read_run_record(tried).comparisons:
+            if (each.task, each.metric) == (now.task, now.metric):
+                reason += f": {now.task} {now.metric} {each.after.value:.3f}"
+                reason += f", {now.after.value:.3f} here"
+        return NextStep(reason, f"tunesmith compare {self.folder} {quote(str(tried))}")
 
     def build_split(self, reason: str) -> NextStep:
         folder = quote(f"{self.run}-split")
@@ -140,9 +169,10 @@ class Facts:
 
 
 def list_next_steps(record: RunRecord, run: Path, verdict: VerdictName) -> tuple[NextStep, ...]:
-    facts = Facts(record, run, verdict)
-    # A run of several stages has no recipe of its own to change.
-    has_recipe = (run / RECIPE_FILE).is_file() or not is_staged(run)
+    facts = Facts(record, run, verdict, None)
+    if facts.deciding is not None and (run / EVENTS_FILE).is_file():
+        facts = replace(facts, trend=find_trend(read_events(run), facts.deciding.metric))
+    has_recipe = not is_staged(run) or (run / RECIPE_FILE).is_file()
     steps: dict[str, NextStep] = {}
     for rule in RULES:
         for step in rule(facts):
@@ -175,9 +205,10 @@ def suggest_measuring(facts: Facts) -> Iterator[NextStep]:
 def suggest_rows(facts: Facts) -> Iterator[NextStep]:
     """More rows with other values than a constant, where rows have few: few by the limit of `data
     check`, so that the command shows them. Where rows have enough, it is not learned yet."""
-    suspects = facts.errors.suspects if facts.errors else ()
-    candidates = (*facts.constants, *suspects)
-    constant = next((each for each in candidates if not has_other_rows(each)), None)
+    errors = facts.errors
+    shortcuts = (*errors.shortcuts, *errors.suspects) if errors else ()
+    constants = [each for each in shortcuts if each.kind == "constant"]
+    constant = next((each for each in constants if not has_other_rows(each)), None)
     if constant is None:
         return
     name = shorten_name(constant.field) or "the answer"
@@ -191,103 +222,109 @@ def suggest_rows(facts: Facts) -> Iterator[NextStep]:
 
 
 def suggest_longer_training(facts: Facts) -> Iterator[NextStep]:
-    """Half the batch makes twice as many steps of the same rows. On the demo it is worth more than
-    its time; docs/guides/first-run.md has the numbers."""
-    if not facts.should_be_better or not facts.is_still_improving or facts.has_max_steps:
+    """Twice the steps where answers to eval_data still got better; else what is left to do."""
+    now, trend, steps = facts.deciding, facts.trend, facts.record.steps
+    if not facts.should_be_better or facts.was_ended or now is None:
         return
-    unlearned = facts.describe_unlearned()
-    half = (facts.config.batch_size or 0) // 2
+    is_best = facts.record.selected_step == steps
+    if trend is not None and trend.is_improving and is_best:
+        yield from build_longer(facts, now, trend.text)
+    elif trend is not None and trend.is_worsening and not facts.max_steps:
+        best = trend.best
+        epochs = float(f"{facts.config.num_train_epochs * best.step / steps:.2g}")
+        reason = f"add rows, or train less: {trend.text}, but {best.value:.3f} at step {best.step}"
+        same = make_forecast(now, 0.0, "no better than now, in less time")
+        yield facts.build_training(reason, "num_train_epochs", epochs, f"{epochs:g}-epochs", same)
+    elif facts.max_steps and steps < MIN_STEPS and facts.verdict == "no effect":
+        yield from build_longer(facts, now, f"{format_count(steps, 'step')} are few")
+    elif trend is not None and not trend.is_improving and facts.verdict == "useful, not ready":
+        reason = f"nothing to gain by training longer: {trend.text}, within {trend.noise:.3f}"
+        reason += "; what is left are rows: read the wrong answers, and add such rows"
+        yield NextStep(reason, f"tunesmith report {facts.folder}")
+
+
+def build_longer(facts: Facts, now: Comparison, evidence: str) -> Iterator[NextStep]:
+    """Half the batch makes twice as many steps of the same rows."""
+    forecast = forecast_longer(now, facts.trend)
+    if facts.max_steps:
+        steps = max(FACTOR * facts.max_steps, MIN_STEPS)
+        reason = f"train longer: max_steps ended the run, and {evidence}"
+        yield facts.build_training(reason, "max_steps", steps, "longer", forecast)
+        return
+    half = (facts.config.batch_size or 0) // FACTOR
     if facts.record.steps < MIN_STEPS and half:
-        steps = f"{facts.record.steps} steps are few"
-        reason = f"halve the batch: {steps}, and eval_data was best at the last{unlearned}"
-        yield facts.build_training(reason, f"--batch-size {half}", f"batch-{half}")
-        unlearned = ""
-    epochs = facts.config.num_train_epochs
-    count = f"{epochs:g} epoch{'' if epochs == 1 else 's'}"
-    reason = f"train longer: eval_data was best at the last step, after {count}{unlearned}"
-    more = f"{epochs * EPOCHS_FACTOR:g}"
-    yield facts.build_training(reason, f"--num-train-epochs {more}", f"{more}-epochs")
-
-
-def suggest_max_steps(facts: Facts) -> Iterator[NextStep]:
-    """More steps where max_steps ended a run that was still improving, or that had hardly begun."""
-    if not facts.has_max_steps or not facts.should_be_better:
-        return
-    steps = facts.record.steps
-    is_unknown = facts.verdict == "no effect" and not facts.has_eval_data
-    if not facts.is_still_improving and not (is_unknown and steps < MIN_STEPS):
-        return
-    reason = f"train longer: max_steps ended the run after {format_count(steps, 'step')}"
-    if facts.is_still_improving:
-        reason += f", and eval_data was best at the last{facts.describe_unlearned()}"
-    flags = f"--max-steps {max(EPOCHS_FACTOR * steps, MIN_STEPS)}"
-    if facts.record.plan.recipe.get("num_train_epochs") != "auto":
-        flags += " --num-train-epochs auto"  # else they may end the run before
-    yield facts.build_training(reason, flags, "longer")
+        reason = f"halve the batch: {facts.record.steps} steps are few, and {evidence}"
+        yield facts.build_training(reason, "batch_size", half, f"batch-{half}", forecast)
+    epochs = FACTOR * facts.config.num_train_epochs
+    reason = f"train longer: {evidence}"
+    yield facts.build_training(reason, "num_train_epochs", epochs, f"{epochs:g}-epochs", forecast)
 
 
 def suggest_half_rate(facts: Facts) -> Iterator[NextStep]:
-    if facts.was_ended:
-        yield build_half_rate(facts, "let training end: ")
-    elif facts.verdict == "harmful":
-        yield build_half_rate(facts, "")
+    was_ended = facts.was_ended and facts.verdict != "ready"
+    if facts.deciding is not None and (was_ended or facts.verdict == "harmful"):
+        forecast = make_forecast(facts.deciding, inf, "this run does not show how much better")
+        yield build_half_rate(facts, "let training end: " if was_ended else "", forecast)
 
 
 def suggest_forgetting_less(facts: Facts) -> Iterator[NextStep]:
-    """A smaller scale of the adapter, and half the learning rate if that is not within the
-    limit."""
-    if not facts.has_forgotten:
+    """A smaller scale of the adapter; half the learning rate if more than the limit was lost."""
+    if facts.general is None:
         return
-    scales = facts.record.scales
+    scales, limit = facts.record.scales, facts.config.forgetting_margin
     best = recommend_scale(scales)
-    limit = facts.config.forgetting_margin
-    times = 0.0
-    if best is not None and best.general_lost is not None and limit:
-        times = best.general_lost.value / limit
+    times = best.general_lost.value / limit if best and best.general_lost and limit else 0.0
     commands = build_commands(scales, str(facts.run))
     if commands:
         still = f", still {times:.1f} times the limit" if times > 1 else ""
         reason = f"on eval_data, {describe_recommendation(scales)}{still}: verify it"
         yield NextStep(reason, commands[0])
-    if not commands or times > 1:
-        yield build_half_rate(facts, "forget less: ")
+    if facts.general.low > limit and (not commands or times > 1):
+        reason = "from what is forgotten now to nothing; answers may get worse"
+        forecast = make_forecast(facts.general, facts.general.difference, reason)
+        yield build_half_rate(facts, "forget less: ", forecast)
 
 
-def build_half_rate(facts: Facts, aim: str) -> NextStep:
-    rate = f"{facts.config.learning_rate / 2:g}"
-    reason = f"{aim}train with half the learning rate, {rate}"
-    return facts.build_training(reason, f"--learning-rate {rate}", "half-rate")
+def build_half_rate(facts: Facts, aim: str, forecast: Forecast) -> NextStep:
+    rate = float(f"{facts.config.learning_rate / 2:g}")
+    reason = f"{aim}train with half the learning rate, {rate:g}"
+    return facts.build_training(reason, "learning_rate", rate, "half-rate", forecast)
 
 
 def suggest_tests(facts: Facts) -> Iterator[NextStep]:
-    """More test rows where a large effect may be missed, and a test of learning rates."""
-    metric = facts.errors.metric if facts.errors else ""
-    deciding = next((each for each in facts.tests if each.metric == metric), None)
-    detectable = (deciding.min_detectable if deciding else None) or 0.0
-    if facts.verdict == "no effect" and deciding is not None and detectable >= LARGE_EFFECT:
-        count = format_count(deciding.after.n, "test row")
-        yield facts.build_split(
-            f"more test rows: {count} may miss an effect below {detectable:.2f}"
-        )
-    is_poor = facts.should_be_better or facts.verdict in ("useful, not ready", "harmful")
+    """More test rows where they cannot show a gain, or may miss one; a test of learning rates."""
+    now, record = facts.deciding, facts.record
+    if now and facts.is_at_ceiling and not facts.was_all_right and facts.verdict != "ready":
+        wrong = f"{facts.wrong} of {now.after.n} answers are wrong"
+        yield facts.build_split(f"more test rows: {wrong}, and a gain shows from {MIN_ITEMS} on")
+    elif now and facts.verdict == "no effect" and (now.min_detectable or 0) >= LARGE_EFFECT:
+        count, limit = format_count(now.after.n, "test row"), f"{now.min_detectable:.2f}"
+        yield facts.build_split(f"more test rows: {count} may miss an effect below {limit}")
+    is_poor = facts.should_be_better or facts.verdict == "harmful"
     if is_poor and facts.has_eval_data and facts.config.loss is None:
-        rate = facts.config.learning_rate
-        reason = f"measure five learning rates around {rate:g}"
-        yield NextStep(reason, f"tunesmith tune lr {facts.resolved}")
+        steps = LR_TRIALS * min(LR_STEPS, record.plan.steps)
+        seconds = steps * record.train_seconds / max(1, record.steps)
+        reason = f"measure {LR_TRIALS} learning rates around {facts.config.learning_rate:g}"
+        command = f"tunesmith tune lr {facts.resolved}"
+        text = f"{describe_training(steps, seconds)}; this model stays as it is"
+        yield NextStep(reason, command, steps=steps, seconds=seconds, forecast=text)
 
 
 def suggest_use(facts: Facts) -> Iterator[NextStep]:
-    """Export what is ready, train what hangs on one seed again, and read what is wrong."""
+    """Export what is ready, read what is wrong, and train what hangs on one seed again."""
     if facts.verdict == "ready":
         yield NextStep("export it", f"tunesmith export {facts.folder} --to peft")
-    if facts.verdict in ("ready", "useful, not ready"):
+    if facts.verdict not in ("ready", "not measured") and facts.wrong != 0:
+        reason = "read the answers" if facts.errors is None else "read the wrong answers"
+        if not facts.has_eval_data and not facts.is_at_ceiling:
+            reason += "; whether longer training would help is not known without eval_data"
+        yield NextStep(reason, f"tunesmith report {facts.folder}")
+    has_same_rows = not facts.record.plan.recipe.get("eval_split")  # which a seed would change
+    if facts.verdict in ("ready", "useful, not ready") and facts.deciding and has_same_rows:
         seed = facts.config.seed + 1
         reason = "train with another seed: the intervals do not cover its effect"
-        yield facts.build_training(reason, f"--seed {seed}", f"seed-{seed}")
-    is_all_right = facts.errors is not None and facts.errors.right == facts.errors.n
-    if facts.verdict not in ("ready", "not measured") and not is_all_right:
-        reason = "read the answers" if facts.errors is None else "read the wrong answers"
-        yield NextStep(reason, f"tunesmith report {facts.folder}")
+        forecast = make_forecast(facts.deciding, 0.0, "no better than now")
+        yield facts.build_training(reason, "seed", seed, f"seed-{seed}", forecast)
 
 
 RULES: tuple[Callable[[Facts], Iterator[NextStep]], ...] = (
@@ -295,7 +332,6 @@ RULES: tuple[Callable[[Facts], Iterator[NextStep]], ...] = (
     suggest_half_rate,
     suggest_rows,
     suggest_longer_training,
-    suggest_max_steps,
     suggest_forgetting_less,
     suggest_tests,
     suggest_use,
@@ -329,9 +365,7 @@ def is_ungraded(facts: Facts) -> bool:
 
 def has_other_rows(constant: Shortcut) -> bool:
     """Return whether enough training rows have another value than the constant."""
-    if constant.training_rows is None or not constant.total_rows:
-        return False
-    return constant.training_rows / constant.total_rows >= 1 - LOPSIDED_SHARE
+    return (constant.training_rows or 0) / (constant.total_rows or 1) >= 1 - LOPSIDED_SHARE
 
 
 def shorten_name(text: str) -> str:

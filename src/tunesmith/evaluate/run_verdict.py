@@ -22,6 +22,7 @@ are in VERDICT_LIMITS. In: a RunRecord. Out: RunVerdict. Left out: next steps (n
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -133,14 +134,21 @@ def is_collapsed(record: RunRecord) -> bool:
     return has_worse or record.selected_step == 0
 
 
+def renew_verdict(record: RunRecord, run: Path) -> RunVerdict:
+    """Return the verdict of a record, with the next steps of today: one may have been tried."""
+    if record.verdict is None:
+        return judge_run(record, run)
+    next_steps = list_next_steps(record, run, record.verdict.name)
+    return dataclasses.replace(record.verdict, next_steps=next_steps)
+
+
 def read_verdict(run: Path) -> RunVerdict:
     """Return the verdict on a run folder; that of its record, if there is one.
 
     Raises InputError for a folder that is no run, and for a damaged file."""
     require_run(run)
     if (run / RECORD_FILE).is_file():
-        record = read_run_record(run)
-        return record.verdict or judge_run(record, run)
+        return renew_verdict(read_run_record(run), run)
     stages = {run: read_run_plan(run)} if not is_staged(run) else {}
     if is_staged(run):
         for plan in read_staged_plan(run).plans:

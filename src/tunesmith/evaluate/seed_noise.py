@@ -29,10 +29,9 @@ from tunesmith.evaluate.statistics import (
     compute_detectable_difference,
     compute_t_quantile,
 )
-from tunesmith.recipe.schema import SOURCE_KEYS
+from tunesmith.plan.resolved import identify_run
 
 NOISE_FILE = Path(__file__).with_name("seed_noise.json")
-OTHER_KEYS = ("seed", "output_dir", *SOURCE_KEYS)  # files are told apart by their content
 MAX_RUNS = 60  # of a folder, that are read for their seeds
 
 
@@ -105,8 +104,7 @@ def read_spreads(runs: Sequence[Path]) -> dict[str, SeedSpread]:
         files = {role: report.fingerprint for role, report in plan.data.items()}
         is_alike = plan.model.name == first.model.name and "data" in first.data
         if is_alike and files.get("data") == first.data["data"].fingerprint:
-            settings = {key: value for key, value in plan.recipe.items() if key not in OTHER_KEYS}
-            family = dump_json([sorted(files.items()), sorted(settings.items())])
+            family = dump_json(sorted(identify_run(plan, "seed").items()))
             scores = [comparison.after for comparison in record.comparisons]
             for score in (*scores, *record.kl_scores):
                 values[score.metric][family][plan.recipe.get("seed", 0)] = score.value

@@ -18,7 +18,7 @@ from tunesmith.core.evidence import RunVerdict, VerdictName
 from tunesmith.core.formatting import format_bytes, format_count, format_duration
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.results import describe_truncation
-from tunesmith.evaluate.run_verdict import MEAN_OF_TASKS, judge_run, judge_unfinished
+from tunesmith.evaluate.run_verdict import MEAN_OF_TASKS, judge_unfinished, renew_verdict
 from tunesmith.evaluate.scale_choice import describe_bargain
 from tunesmith.evaluate.statistics import (
     NO_DIFFERENCE,
@@ -111,7 +111,7 @@ def build_summary(run: ReportData) -> Summary:
             sentence = "Nothing here may be used as a result."
             return Summary("bad", "A check stopped this run", verdict, sentence, cautions=cautions)
         return Summary("open", "Not finished", verdict, cautions=cautions)
-    verdict = record.verdict or judge_run(record, run.path)
+    verdict = renew_verdict(record, run.path)
     claims = build_claims(record)
     general = tuple(claim for claim in claims if claim.comparison.task == GENERAL_TASK)
     task_claims = [claim for claim in claims if claim not in general]

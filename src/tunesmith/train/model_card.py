@@ -189,6 +189,7 @@ def _render_verdict(verdict: RunVerdict | None) -> list[str]:
     lines = [f"- {escape_markdown(fact)}" for fact in facts if fact]
     lines += [
         f"- Next: {escape_markdown(step.reason)}: {format_code(step.command)}"
+        f"{step.forecast and f' ({escape_markdown(step.forecast)})'}"
         for step in verdict.next_steps
     ]
     return [f"## Verdict: {verdict.name}", "\n".join(lines)]

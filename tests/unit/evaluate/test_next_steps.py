@@ -1,4 +1,4 @@
-"""Next steps after a run: commands that follow from what was measured."""
+"""Next steps after a run: commands that follow from what was measured, with their forecasts."""
 
 from __future__ import annotations
 
@@ -7,152 +7,265 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import fake_runs
 from judged_runs import CONSTANT, judge, make_change, make_errors, make_general
 from tunesmith.cli.args import parse_recipe_args
-from tunesmith.core.evidence import (
-    NextStep,
-    Shortcut,
-)
-from tunesmith.evaluate.run_verdict import judge_run
+from tunesmith.core.events import Event, Rollback, Score
+from tunesmith.core.evidence import NextStep, RunVerdict, Shortcut
+from tunesmith.core.run_dir import read_run_plan
+from tunesmith.core.sealed_json import seal_json
+from tunesmith.core.types import Plan, RunRecord
+from tunesmith.evaluate.run_verdict import judge_run, read_verdict
+from tunesmith.plan.build import build_plan
+from tunesmith.plan.resolved import FOLLOWING, resolve_recipe
+from tunesmith.recipe.load import rebuild_recipe
+from tunesmith.recipe.schema import Recipe
+
+IMPROVING = (0.40, 0.60, 0.70, 0.80)  # exact_match on 80 eval rows: its noise is 0.09
+FLAT = (0.40, 0.78, 0.79, 0.80)  # the last is the best by an item
+WORSE = (0.70, 0.90, 0.80, 0.70)
+FALLING_LOSS = (2.0, 1.5, 1.2, 1.1)
 
 
-def test_next_steps_follow_from_what_was_measured() -> None:
-    record = fake_runs.make_record()
-    plan = replace(record.plan, data=record.plan.data | {"eval_data": record.plan.data["data"]})
-    errors = make_errors(35, shortcuts=(CONSTANT,))
-    improving = judge(errors, make_change(0.4), plan=plan, selected_step=record.steps)
-    epochs = plan.config.num_train_epochs * 2
-    assert [step.command for step in improving.next_steps] == [
-        "tunesmith data check 'runs/a b/recipe.yaml'",
-        f"tunesmith train 'runs/a b/resolved.yaml' --num-train-epochs {epochs:g} "
-        f"--output-dir 'runs/a b-{epochs:g}-epochs'",
-        "tunesmith tune lr 'runs/a b/resolved.yaml'",
-    ]
-    assert improving.next_steps[0].reason == (
-        "add training rows where flag is not false: 9 of 90 now"
+def make_plan(run: str = "runs/a", **wishes: Any) -> Plan:
+    """Return the plan of 336 rows in batches of 8 for 3 epochs, 126 steps, as recipes leave it."""
+    values = {"model": "tiny", "data": "/d/d.jsonl", "eval_data": "/d/e.jsonl", **wishes}
+    rows = replace(fake_runs.REPORT, rows=336, length_percentiles={"p50": 80, "max": 300})
+    roles = {"data": rows, "eval_data": replace(rows, rows=80), "test_data": replace(rows, rows=80)}
+    return build_plan(
+        rebuild_recipe(values),
+        machine=fake_runs.MACHINE,
+        model=fake_runs.MODEL,
+        data=roles,
+        output_dir=Path(run),
+        now="2026-01-01T00:00:00",
     )
-    overfit = judge(make_errors(35), make_change(0.4), plan=plan, selected_step=1)
-    assert not any("epochs" in step.command for step in overfit.next_steps)
-    harmful = judge(make_errors(1, before=9), make_change(-0.4), plan=plan)
-    assert "--learning-rate" in harmful.next_steps[0].command
-    ready = judge(make_errors(80), make_change(0.6), make_general(0.01), plan=plan)
-    assert ready.next_steps[0].command == "tunesmith export 'runs/a b' --to peft"
-    scaled = judge(make_errors(80), make_change(0.6), make_general(0.05))
-    assert scaled.next_steps[0].command.startswith("tunesmith train ")
-    record = replace(
-        record,
-        comparisons=(make_change(0.6), make_general(0.05)),
-        errors=make_errors(80),
-        scales=fake_runs.make_scales(fake_runs.CHEAPER),
+
+
+def make_evals(values: tuple[float, ...], steps: int, metric: str = "exact_match") -> list[Event]:
+    """Return the scores of evaluations at equal distances."""
+    events: list[Event] = []
+    for number, value in enumerate(values, start=1):
+        step = number * steps // len(values)
+        events.append(Score("eval", metric, value, value - 0.09, value + 0.09, 80, step))
+    return events
+
+
+def judge_steps(
+    folder: Path,
+    values: tuple[float, ...] = (),
+    right: int = 35,
+    *,
+    metric: str = "exact_match",
+    plan: Plan | None = None,
+    **changes: Any,
+) -> tuple[NextStep, ...]:
+    """Return the next steps of a run with these evaluations and so many right answers of 80."""
+    plan = plan or make_plan(str(folder / "run"))
+    record = make_record(plan, right, **changes)
+    run = fake_runs.write_run(
+        folder / "run", plan=plan, record=record, events=make_evals(values, record.steps, metric)
     )
-    first = judge_run(record, Path("runs/x")).next_steps[0]
-    assert first.command == "tunesmith compare runs/x@0.25 runs/x"
+    return judge_run(record, run).next_steps
 
 
-def test_a_constant_with_enough_other_rows_needs_training_not_rows() -> None:
-    record = fake_runs.make_record()
-    plan = replace(record.plan, data=record.plan.data | {"eval_data": record.plan.data["data"]})
+def make_record(plan: Plan, right: int = 35, **changes: Any) -> RunRecord:
+    fields: dict[str, Any] = {
+        "comparisons": (make_change(right / 80),),
+        "errors": make_errors(right),
+        "steps": plan.steps,
+        "selected_step": plan.steps,
+        "train_seconds": 2.0 * plan.steps,
+        "total_seconds": 2.0 * plan.steps + 60,
+    }
+    return fake_runs.make_record(plan, **fields | changes)
 
-    def list_reasons(constant: Shortcut, selected_step: int) -> list[str]:
-        errors = make_errors(35, shortcuts=(constant,))
-        verdict = judge(errors, make_change(0.4), plan=plan, selected_step=selected_step)
+
+def test_longer_training_is_for_answers_that_get_better_beyond_their_noise(tmp_path: Path) -> None:
+    longer = judge_steps(tmp_path / "a", IMPROVING)[0]
+    run = shlex.quote(str(tmp_path / "a" / "run"))
+    assert longer.command == (
+        f"tunesmith train {run}/resolved.yaml --num-train-epochs 6 --output-dir {run}-6-epochs"
+    )
+    assert longer.reason == (
+        "train longer: eval exact_match was 0.600 at step 63 and 0.800 at step 126"
+    )
+    # two seconds a step, and a minute beside the steps
+    assert (longer.metric, longer.steps, longer.seconds) == ("test exact_match", 252, 564.0)
+    assert longer.low is not None
+    assert longer.high is not None
+    # two samples of test answers differ by 0.14, two seeds by 0.08; the last doubling brought 0.2
+    assert abs(longer.low + 0.164) < 0.001
+    assert abs(longer.high - 0.2625) < 0.001, "no more than there is left"
+    assert longer.forecast == (
+        "252 steps, about 9 min 24 s; test exact_match -0.164 to +0.262: the last doubling of the "
+        "steps brought +0.200 on eval_data"
+    )
+    flat = judge_steps(tmp_path / "b", FLAT)
+    assert flat[0].reason == (
+        "nothing to gain by training longer: eval exact_match was 0.780 at step 63 and 0.800 at "
+        "step 126, within 0.090; what is left are rows: read the wrong answers, and add such rows"
+    )
+    by_loss = judge_steps(tmp_path / "c", FALLING_LOSS, metric="loss")[0]
+    assert by_loss.reason.startswith("train longer: eval loss was 1.500")
+    assert "how much is left to gain is not known" in by_loss.forecast
+    for folder, steps in (("d", judge_steps(tmp_path / "d", FLAT)), ("e", flat)):
+        assert not any("train" in step.command.split() for step in steps[:1]), folder
+
+
+def test_a_run_that_was_too_long_or_was_ended_is_not_trained_longer(tmp_path: Path) -> None:
+    shorter = judge_steps(tmp_path / "a", WORSE, selected_step=63)[0]
+    assert shorter.reason.startswith("add rows, or train less: eval exact_match was 0.900")
+    assert "--num-train-epochs 1.5 " in shorter.command
+    assert shorter.forecast.endswith("no better than now, in less time")
+    assert shorter.low == -(shorter.high or 0)
+    rollback = Rollback(90, 63, "high KL", "", "", is_end=True)
+    ended = judge_steps(tmp_path / "b", IMPROVING, rollbacks=(rollback,), steps=90)
+    assert ended[0].reason.startswith("let training end: train with half the learning rate")
+    assert not any("epochs" in step.command for step in ended)
+    few_wrong = judge_steps(tmp_path / "c", IMPROVING, right=76)
+    assert few_wrong[0].reason == (
+        "hold out more test rows: 4 of 80 answers are wrong, and a gain shows from 6 on"
+    )
+    assert not any("--num-train-epochs" in step.command for step in few_wrong)
+    ready = judge_steps(
+        tmp_path / "d", IMPROVING, 80, comparisons=(make_change(0.6), make_general(0.001))
+    )
+    assert [step.command.split()[1] for step in ready] == ["export", "train"]
+    assert "no better than now" in ready[1].forecast
+
+
+def test_short_runs_take_half_the_batch_first(tmp_path: Path) -> None:
+    plan = make_plan(str(tmp_path / "a" / "run"), batch_size=16)
+    half, longer = judge_steps(tmp_path / "a", IMPROVING, plan=plan)[:2]
+    assert "--batch-size 8 " in half.command
+    # twice the steps of half the rows take as long
+    assert (half.steps, half.seconds) == (126, 186.0)
+    assert (longer.steps, longer.seconds) == (126, 312.0)
+
+
+def test_max_steps_that_ended_a_run_are_what_changes(tmp_path: Path) -> None:
+    plan = make_plan(str(tmp_path / "a" / "run"), max_steps=300)
+    longer = judge_steps(tmp_path / "a", IMPROVING, plan=plan)[0]
+    assert "--max-steps 600 --output-dir" in longer.command
+    assert longer.steps == 600
+    assert longer.reason.startswith("train longer: max_steps ended the run, and eval exact_match")
+    begun = make_plan(str(tmp_path / "b" / "run"), max_steps=2)
+    first = judge_steps(tmp_path / "b", (), 0, plan=begun, comparisons=(make_change(0.0),))[0]
+    assert first.reason == "train longer: max_steps ended the run, and 2 steps are few"
+    assert "--max-steps 100 " in first.command
+
+
+def test_a_constant_with_few_other_rows_needs_rows() -> None:
+    def list_reasons(constant: Shortcut) -> list[str]:
+        verdict = judge(make_errors(35, shortcuts=(constant,)), make_change(0.4))
         return [step.reason for step in verdict.next_steps]
 
-    enough = replace(CONSTANT, training_rows=18, total_rows=90)
-    first = list_reasons(enough, record.steps)[0]
-    assert first.startswith("train longer: eval_data was best at the last step")
-    assert first.endswith("; flag is not learned yet")
-    assert not any("add training rows" in reason for reason in list_reasons(enough, 1))
+    assert list_reasons(CONSTANT)[0] == "add training rows where flag is not false: 9 of 90 now"
     # `data check` names a field whose most frequent value has more than 80% of the rows
-    few = replace(enough, training_rows=17)
-    assert list_reasons(few, record.steps)[0] == (
-        "add training rows where flag is not false: 17 of 90 now"
+    enough = replace(CONSTANT, training_rows=18, total_rows=90)
+    assert not any("add training rows" in reason for reason in list_reasons(enough))
+    unknown = replace(CONSTANT, training_rows=None, total_rows=None)
+    assert list_reasons(unknown)[0].endswith("count its values in the training rows")
+
+
+def list_training_steps(folder: Path) -> list[NextStep]:
+    """Return a step of each rule that trains."""
+    harmful = (make_change(-0.4),)
+    forgotten = (make_change(0.6), make_general(0.05))
+    verdicts = [
+        judge_steps(folder / "1", IMPROVING),
+        judge_steps(folder / "2", WORSE, selected_step=63),
+        judge_steps(folder / "3", (), comparisons=harmful),
+        judge_steps(folder / "4", (), comparisons=forgotten),
+        judge_steps(folder / "5", IMPROVING, plan=make_plan(batch_size=16)),
+        judge_steps(folder / "6", IMPROVING, plan=make_plan(max_steps=300)),
+        judge_steps(folder / "7", FLAT),
+    ]
+    return [step for steps in verdicts for step in steps if step.command.startswith("tunesmith tr")]
+
+
+def test_a_step_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
+    steps = list_training_steps(tmp_path)
+    named: set[str] = set()
+    for step in steps:
+        program, verb, recipe_file, flag, _, *rest = shlex.split(step.command)
+        assert (program, verb, rest[0]) == ("tunesmith", "train", "--output-dir")
+        run = Path(recipe_file).parent
+        plan = read_run_plan(run)
+        (run / "resolved.yaml").write_text(yaml.safe_dump(resolve_recipe(plan)))
+        recipe = parse_recipe_args(shlex.split(step.command)[2:])
+        assert isinstance(recipe, Recipe)
+        again = make_plan(rest[1], **recipe.model_dump(mode="json"))
+        key = flag.removeprefix("--").replace("-", "_")
+        differ = {name for name in plan.values if again.values[name] != plan.values[name]}
+        follows = {"num_train_epochs"} if key == "max_steps" else set[str]()
+        assert differ - set(FOLLOWING) <= {key} | follows
+        assert again.steps == step.steps, "the forecast has the steps of the plan"
+        named.add(key)
+    assert named == {"num_train_epochs", "batch_size", "max_steps", "learning_rate", "seed"}
+
+
+def test_a_step_that_was_tried_is_told_and_not_advised(tmp_path: Path) -> None:
+    step = judge_steps(tmp_path, IMPROVING)[0]
+    run = tmp_path / "run"
+    plan = read_run_plan(run)
+    resolved = resolve_recipe(plan) | {"num_train_epochs": 6}
+    tried = make_plan(str(tmp_path / "other name"), **resolved)
+    record = make_record(tried, comparisons=(make_change(0.3),))
+    stored = replace(make_record(plan), verdict=RunVerdict("no effect", "", next_steps=(step,)))
+    (run / "record.json").write_bytes(seal_json(stored))
+    fake_runs.write_run(tmp_path / "other name", plan=tried, record=record)
+    first = read_verdict(run).next_steps[0]
+    assert first.reason == (
+        f"--num-train-epochs 6 was tried in {tmp_path}/other name: test exact_match 0.600, 0.738 "
+        "here"
     )
-    assert "not learned" not in list_reasons(few, record.steps)[1]
-    unknown = replace(enough, training_rows=None, total_rows=None)
-    assert list_reasons(unknown, 1)[0].endswith("count its values in the training rows")
-
-
-def test_smaller_steps_are_for_short_runs_of_batches_that_still_improve() -> None:
-    record = fake_runs.make_record()
-    plan = replace(record.plan, data=record.plan.data | {"eval_data": record.plan.data["data"]})
-    errors = make_errors(35, shortcuts=(replace(CONSTANT, training_rows=30),))
-
-    def list_steps(steps: int, batch_size: int | None, selected_step: int) -> list[NextStep]:
-        size = replace(record.plan.settings["seed"], value=batch_size)
-        verdict = judge(
-            errors,
-            make_change(0.4),
-            plan=plan.with_settings(batch_size=size),
-            steps=steps,
-            selected_step=selected_step,
+    assert first.command == f"tunesmith compare {run} '{tmp_path}/other name'"
+    (tmp_path / "other name" / "record.json").unlink()
+    assert read_verdict(run).next_steps[0].reason.endswith("which has no result")
+    # another file, another setting, or another format: not the same step
+    for number, other in enumerate(
+        (
+            replace(tried, data={**tried.data, "data": replace(fake_runs.REPORT, fingerprint="f")}),
+            make_plan(str(tmp_path / "seed"), **{**resolved, "seed": 7}),
         )
-        return list(verdict.next_steps)
-
-    smaller, longer = list_steps(99, 5, 99)[:2]
-    assert smaller.reason == (
-        "halve the batch: 99 steps are few, and eval_data was best at the last; "
-        "flag is not learned yet"
-    )
-    assert smaller.command == (
-        "tunesmith train 'runs/a b/resolved.yaml' --batch-size 2 --output-dir 'runs/a b-batch-2'"
-    )
-    assert longer.reason == "train longer: eval_data was best at the last step, after 1 epoch"
-    for steps, batch_size, selected_step in (
-        (100, 2, 100),
-        (99, 1, 99),
-        (99, None, 99),
-        (99, 2, 50),
     ):
-        others = list_steps(steps, batch_size, selected_step)
-        assert others
-        assert not any("--batch-size" in step.command for step in others)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert judge_steps(folder, IMPROVING)[0].steps == step.steps
+        fake_runs.write_run(folder / "x", plan=other)
+        (folder / "broken").mkdir()
+        (folder / "broken" / "plan.json").write_text("{}")
+        assert "was tried" not in read_verdict(folder / "run").next_steps[0].reason
 
 
-def list_commands_of_max_steps(steps: int, selected_step: int, **recipe: Any) -> list[str]:
-    """Return the next steps of a run without effect that max_steps ended, as REASON: COMMAND."""
-    record = fake_runs.make_record()
-    plan = replace(record.plan, recipe=record.plan.recipe | {"max_steps": steps} | recipe)
-    if selected_step:
-        plan = replace(plan, data=plan.data | {"eval_data": plan.data["data"]})
-    verdict = judge(
-        make_errors(0), make_change(0.0), plan=plan, steps=steps, selected_step=selected_step
+def test_what_forgets_is_scaled_or_trained_at_half_the_rate() -> None:
+    record = replace(
+        fake_runs.make_record(),
+        comparisons=(make_change(0.6), make_general(0.05)),
+        errors=make_errors(70),
+        scales=fake_runs.make_scales(fake_runs.CHEAPER),
     )
-    assert verdict.name == "no effect"
-    return [f"{step.reason}: {step.command}" for step in verdict.next_steps]
+    scaled, half = judge_run(record, Path("runs/x")).next_steps[:2]
+    assert scaled.command == "tunesmith compare runs/x@0.25 runs/x"
+    assert half.metric == "general text bits_per_byte"
+    assert half.low is not None
+    assert half.high is not None
+    assert (round(half.low, 3), round(half.high, 3)) == (-0.107, 0.057)
 
 
-def test_a_run_that_max_steps_ended_is_told_to_train_longer_first() -> None:
-    longer, rates, _ = list_commands_of_max_steps(2, 2, num_train_epochs="auto")
-    assert longer == (
-        "train longer: max_steps ended the run after 2 steps, and eval_data was best at the last: "
-        "tunesmith train 'runs/a b/resolved.yaml' --max-steps 100 --output-dir 'runs/a b-longer'"
-    )
-    assert "tune lr" in rates
-    assert (
-        "--max-steps 600 --num-train-epochs auto"
-        in (list_commands_of_max_steps(300, 300, num_train_epochs=2.0)[0])
-    )
-    unknown = list_commands_of_max_steps(1, 0, num_train_epochs="auto")[0]
-    assert unknown.startswith("train longer: max_steps ended the run after 1 step: tunesmith train")
-    for steps, selected_step in ((300, 100), (100, 0)):
-        others = list_commands_of_max_steps(steps, selected_step)
-        assert others
-        assert not any("--max-steps" in line for line in others)
+def test_what_is_shown_has_the_forecast() -> None:
+    from rich.console import Console
 
+    from tunesmith.cli.views.verdict import render_verdict
+    from tunesmith.train.model_card import render_card
 
-def test_next_steps_are_commands_that_parse(tmp_path: Path) -> None:
-    (tmp_path / "a b").mkdir()
-    (tmp_path / "a b" / "resolved.yaml").write_text("model: m\ndata: d.jsonl\n")
-    record = fake_runs.make_record()
-    plan = replace(record.plan, data=record.plan.data | {"eval_data": record.plan.data["data"]})
-    for errors, change in ((make_errors(35), 0.4), (make_errors(1, before=9), -0.4), (None, 0.0)):
-        comparisons = (make_change(change),) if errors else ()
-        verdict = judge(errors, *comparisons, plan=plan, selected_step=record.steps)
-        for step in verdict.next_steps:
-            program, verb, *arguments = shlex.split(step.command)
-            assert program == "tunesmith"
-            if verb == "train":
-                arguments[0] = arguments[0].replace("runs", str(tmp_path))
-                assert parse_recipe_args(arguments)
+    step = NextStep("go on", "tunesmith train x", "test f1", -0.1, 0.2, 9, 60.0, "9 steps; so so")
+    verdict = RunVerdict("no effect", "", next_steps=(step,))
+    console = Console(width=200, record=True)
+    console.print(render_verdict(verdict))
+    assert "9 steps; so so" in console.export_text()
+    assert "9 steps; so so" in render_card(fake_runs.make_record(verdict=verdict), {})

@@ -387,7 +387,7 @@ def write_hostile_run(path: Path) -> Path:
     template = PlanValue(HOSTILE, "rule", HOSTILE, "Hu 2021", "published", "the same")
     plan = replace(
         fake_runs.PLAN.with_settings(chat_template=template),
-        data={HOSTILE: report},
+        data={"data": report, HOSTILE: report},
         warnings=(HOSTILE,),
         seconds_source=HOSTILE,
     )

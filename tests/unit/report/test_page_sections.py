@@ -13,7 +13,7 @@ from test_page import read_text
 
 import fake_runs
 from tunesmith.core.events import GenerationSample, Score
-from tunesmith.core.evidence import MAX_GROUP_ROWS, NextStep, RunVerdict
+from tunesmith.core.evidence import MAX_GROUP_ROWS, RunVerdict
 from tunesmith.core.json_io import to_jsonable
 from tunesmith.core.run_dir import EVAL_AFTER_FILE, EVAL_BEFORE_FILE, read_run_record
 from tunesmith.core.sealed_json import read_sealed_json
@@ -309,11 +309,10 @@ def test_next_steps_name_no_folder_of_the_user(tmp_path: Path) -> None:
     run.parent.mkdir()
     output_dir = PlanValue(str(run), "user", "")
     plan = fake_runs.PLAN.with_settings(output_dir=output_dir)
-    step = NextStep(f"look into {run}", f"tunesmith resume {run}")
-    verdict = RunVerdict("no effect", "nothing", next_steps=(step,))
+    verdict = RunVerdict("no effect", f"see {run}")
     record = fake_runs.make_record(plan, verdict=verdict)
     text = read_text(fake_runs.write_run(run, plan=plan, record=record))
-    assert "tunesmith resume run Copy" in text
+    assert "tunesmith eval run --metrics exact_match Copy" in text
     assert "alice" not in text
     run.rename(tmp_path / "moved")
     assert "alice" not in read_text(tmp_path / "moved")

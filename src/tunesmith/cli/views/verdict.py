@@ -49,6 +49,8 @@ def render_verdict(verdict: RunVerdict) -> RenderableType:
         lines.append(Text("Next steps"))
     for number, step in enumerate(verdict.next_steps, 1):
         lines.append(_render_item(f"{number}.", step.reason))
+        if step.forecast:
+            lines.append(_pad_line(step.forecast, 5, "dim"))
         lines.append(Text(_break_command(step.command), "cyan", overflow="fold"))
     return Group(*lines)
 
