@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from benchmarks.tasks.scores import find_step, judge_forecast, list_worse
 
 import fake_runs
 from judged_runs import CONSTANT, judge, make_change, make_errors, make_general
@@ -269,3 +271,18 @@ def test_what_is_shown_has_the_forecast() -> None:
     console.print(render_verdict(verdict))
     assert "9 steps; so so" in console.export_text()
     assert "9 steps; so so" in render_card(fake_runs.make_record(verdict=verdict), {})
+
+
+def test_a_forecast_is_scored_by_the_run_that_followed_it(tmp_path: Path) -> None:
+    step = judge_steps(tmp_path, IMPROVING)[0]
+    followed = Path(shlex.split(step.command)[-1])
+    assert find_step((NextStep("read", "tunesmith report x"), step), followed) is step
+    with pytest.raises(LookupError, match="follows none"):
+        find_step((step,), tmp_path / "other")
+    for difference, is_held in ((0.2, True), (-0.16, True), (0.3, False), (-0.2, False)):
+        worse = make_change(difference)
+        assert judge_forecast(step, (make_general(0.5), worse)) == (is_held, worse.difference)
+    assert judge_forecast(step, (make_general(0.5),)) == (None, None)
+    assert list_worse((make_change(-0.2), make_change(-0.05), make_general(0.5))) == (
+        "test exact_match",
+    )
