@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow promises multi effects evidence evidence-quick tasks llama mutation check bench docs size format clean
+.PHONY: demo test slow promises multi effects evidence evidence-quick tasks llama mutation check bench bench-statistics docs size format clean
 
 demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 	$(BIN)/tunesmith demo
@@ -56,6 +56,9 @@ check: $(BIN)/pytest  ## style, types, layers
 
 bench: $(BIN)/pytest  ## tunesmith and TRL + PEFT on the same work
 	$(BIN)/python -m benchmarks.vs_trl.run
+
+bench-statistics: $(BIN)/pytest  ## coverage and false verdicts by items, groups and seeds, into docs/results/coverage.md
+	OMP_NUM_THREADS=1 nice -n 15 $(BIN)/python -m benchmarks.evaluate.coverage --write docs/results/coverage.md
 
 docs: $(BIN)/pytest  ## the generated blocks of README.md and docs/
 	$(BIN)/python docs/build.py

@@ -77,8 +77,10 @@ def count_outside(pairs: Sequence[Pair], sd: float) -> int:
     return outside
 
 
-def build_table(by_kind: dict[str, list[Pair]]) -> list[list[str]]:
+def build_table() -> list[list[str]]:
+    by_kind = group_pairs()
     rows = [["metric", "pairs", "by items alone", "by compare", "sd of seeds", "held out"]]
+    rows.append(["---"] * len(rows[0]))
     sums = np.zeros(4, dtype=int)
     for kind, pairs in by_kind.items():
         alone = sum(judge_comparison(each) in ("better", "worse") for _, each in pairs)
@@ -107,15 +109,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="the table that compare reads")
     options = parser.parse_args()
-    by_kind = group_pairs()
-    kinds = {
-        kind: {"sd": round(estimate_sd(pairs), 4), "pairs": len(pairs)}
-        for kind, pairs in by_kind.items()
-    }
     if options.write:
+        kinds = {
+            kind: {"sd": round(estimate_sd(pairs), 4), "pairs": len(pairs)}
+            for kind, pairs in group_pairs().items()
+        }
         source = "python -m benchmarks.evaluate.seed_noise --write"
         NOISE_FILE.write_bytes(dump_json({"source": source, "kinds": kinds}, indent=1) + b"\n")
-    for row in build_table(by_kind):
+    for row in build_table():
         print(f"| {' | '.join(row)} |")
 
 
