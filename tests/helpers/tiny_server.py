@@ -188,3 +188,16 @@ def wait_for(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def break_adapter(live: LiveServer, name: str) -> None:
+    """Turn the numbers of a published adapter in memory to NaN."""
+    registry = live.server.registry
+    adapter = registry._bank._adapters[registry._models[name].digest]
+    num_broken = 0
+    for factors in adapter._factors.values():
+        for tensor in vars(factors).values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.fill_(torch.nan)
+                num_broken += 1
+    assert num_broken

@@ -326,10 +326,14 @@ class Exchange:
         try:
             return await self.server.registry.acquire(self.model)
         except RequestError as error:
-            is_lost = error.code == "model_not_loaded"
-            if is_lost and self.route is not None and self.model.name != self.route.stable:
-                self.server.routes.roll_back(self.route, error.message)
+            if error.code == "model_not_loaded":
+                self._roll_back(error.message)
             raise
+
+    def _roll_back(self, reason: str) -> None:
+        """Take the model away if it is a canary that cannot answer."""
+        if self.route is not None and self.model.name != self.route.stable:
+            self.server.routes.roll_back(self.route, reason)
 
     async def _run(self, answer_format: ChatFormat | CompletionFormat, lease: Lease) -> Json:
         """Return the body of the response when all answers are complete."""
@@ -387,13 +391,12 @@ class Exchange:
             if update.finish_reason == "error":
                 self.failure = update.error_code
                 if update.error_code == NOT_FINITE:
-                    self.server.registry.note_answer(self.model, is_finite=False)
+                    self._roll_back(f"{self.model.name} gives NaN or infinite numbers")
                 status = ERROR_STATUS.get(update.error_code, 503)
                 raise RequestError(status, update.error, code=update.error_code)
             self.record.note_first_token()
             if update.finish_reason:
                 num_unfinished -= 1
-                self.server.registry.note_answer(self.model, is_finite=True)
             yield update
 
     def _end(self, lease: Lease) -> None:

@@ -27,8 +27,6 @@ from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.settings import BASE_NAME
 from tunesmith.serve.sources import AdapterSource, BaseSource
 
-MAX_BROKEN_ANSWERS = 3  # in a row, before a model is taken out of service
-
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
@@ -118,7 +116,6 @@ class Registry:
         self._loads: dict[AdapterSource, asyncio.Task[None]] = {}
         self._removals: set[str] = set()  # digests that the engine thread has yet to remove
         self._load_lock = asyncio.Lock()  # one at a time, so that the budget holds
-        self._broken: dict[str, int] = {}  # digest -> answers in a row without finite numbers
 
     # ---- names
 
@@ -136,22 +133,11 @@ class Registry:
             if "@" in name:
                 message += "; a scale gets a name by serve.yaml or PUT /admin/models"
             raise RequestError(404, message, code="model_not_found", param="model")
-        model = self._models[name]
-        self.check_in_service(model)
-        return model
+        return self._models[name]
 
     def get(self, name: str) -> ServedModel:
         """Return a model that is there, whoever may use it by its name."""
         return self._models[name]
-
-    def is_in_service(self, model: ServedModel) -> bool:
-        return self._broken.get(model.digest, 0) < MAX_BROKEN_ANSWERS
-
-    def check_in_service(self, model: ServedModel) -> None:
-        """Raise RequestError 503 for a model whose answers keep failing."""
-        if not self.is_in_service(model):
-            message = f"{model.name} gives NaN or infinite numbers and is out of service"
-            raise RequestError(503, message, code="model_quarantined", param="model")
 
     def is_resident(self, model: ServedModel) -> bool:
         return model.source is None or model.digest in self._residents
@@ -266,7 +252,6 @@ class Registry:
         """Let a name point to a model, which is loaded when it is first asked for."""
         old = self._models.get(model.name)
         self._models[model.name] = model
-        self._broken.pop(model.digest, None)
         self._drop_unused(old)
         self._metrics.is_resident.labels(model.name).set(self.is_resident(model))
 
@@ -276,10 +261,6 @@ class Registry:
             raise RequestError(404, f"there is no model {name!r:.100}", code="model_not_found")
         self._drop_unused(self._models.pop(name))
         self._metrics.is_resident.remove(name)
-
-    def note_answer(self, model: ServedModel, *, is_finite: bool) -> None:
-        """Count answers that ended in NaN or infinite numbers."""
-        self._broken[model.digest] = 0 if is_finite else self._broken.get(model.digest, 0) + 1
 
     def _drop_unused(self, old: ServedModel | None) -> None:
         if old is None or old.digest in self._list_digests():

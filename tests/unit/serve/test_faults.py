@@ -18,7 +18,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.server import ServerState
@@ -26,6 +25,7 @@ from uvicorn.server import ServerState
 from tiny_server import (
     START_SECONDS,
     LiveServer,
+    break_adapter,
     make_chat,
     make_settings,
     pausing_engine,
@@ -288,20 +288,7 @@ def test_a_request_has_a_deadline(writer: Path) -> None:
 # ---------------------------------------------------------------- what breaks
 
 
-def break_adapter(live: LiveServer, name: str) -> None:
-    """Turn the numbers of a published adapter in memory to NaN."""
-    registry = live.server.registry
-    adapter = registry._bank._adapters[registry._models[name].digest]
-    num_broken = 0
-    for factors in adapter._factors.values():
-        for tensor in vars(factors).values():
-            if isinstance(tensor, torch.Tensor):
-                tensor.fill_(torch.nan)
-                num_broken += 1
-    assert num_broken
-
-
-def test_a_broken_adapter_fails_alone_and_is_taken_out_of_service(narrow: LiveServer) -> None:
+def test_a_broken_adapter_fails_alone(narrow: LiveServer) -> None:
     greedy = {"temperature": 0, "max_tokens": 20, "logit_bias": NO_END}
     with narrow.client() as http:
         expected = http.post(CHAT, json=make_chat("large", **greedy)).json()["choices"]
@@ -309,14 +296,10 @@ def test_a_broken_adapter_fails_alone_and_is_taken_out_of_service(narrow: LiveSe
         break_adapter(narrow, "small")
         with ThreadPoolExecutor(2) as pool:
             healthy = pool.submit(http.post, CHAT, json=make_chat("large", **greedy))
-            for _ in range(3):
-                response = http.post(CHAT, json=make_chat("small", **greedy))
-                assert response.status_code == 500
-                assert response.json()["error"]["code"] == "model_not_finite"
+            response = http.post(CHAT, json=make_chat("small", **greedy))
+            assert response.status_code == 500
+            assert response.json()["error"]["code"] == "model_not_finite"
             assert healthy.result().json()["choices"] == expected
-        response = http.post(CHAT, json=make_chat("small", **greedy))
-        assert response.status_code == 503
-        assert response.json()["error"]["code"] == "model_quarantined"
         assert http.post(CHAT, json=make_chat("large", **greedy)).json()["choices"] == expected
 
 

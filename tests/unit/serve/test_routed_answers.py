@@ -14,6 +14,7 @@ import pytest
 
 from tiny_server import (
     LiveServer,
+    break_adapter,
     make_chat,
     make_settings,
     read_events,
@@ -189,13 +190,12 @@ def test_an_admin_decides_and_is_named(boss: httpx.Client) -> None:
 
 
 @pytest.mark.promise
-def test_a_canary_out_of_service_is_rolled_back_at_once(
+def test_a_canary_that_gives_nan_is_rolled_back_at_once(
     routed: LiveServer, boss: httpx.Client
 ) -> None:
-    registry = routed.server.registry
-    for _ in range(3):  # as answers of NaN do
-        routed.call(lambda: registry.note_answer(registry.get("dora"), is_finite=False))
-    for number in range(20):  # no client sees an error
-        assert chat(boss, "prod", user=f"user-{number}").json()["model"] == "base"
+    users = [f"user-{number}" for number in range(20)]
+    assert {chat(boss, "prod", user=user).json()["model"] for user in users} == {"base", "dora"}
+    break_adapter(routed, "dora")
+    codes = [boss.post(CHAT, json=make_chat("prod", user=user)).status_code for user in users]
+    assert codes.count(500) == 1
     assert "NaN" in read_canary(boss)["rolled_back"]
-    routed.call(lambda: registry.note_answer(registry.get("dora"), is_finite=True))
