@@ -30,6 +30,7 @@ from tunesmith.core.evidence import (
 from tunesmith.core.types import Comparison, Plan
 from tunesmith.data.answer_values import ANSWER, MAX_NAME_CHARS, shorten
 from tunesmith.evaluate.custom_metric import format_metric_name
+from tunesmith.evaluate.goals import HELD_OUT_TASK
 from tunesmith.evaluate.metrics import METRICS, split_metric
 from tunesmith.evaluate.pairing import map_shared_samples
 from tunesmith.evaluate.results import (
@@ -171,6 +172,8 @@ def _select_metric(
         # A mean of tasks has the items of the tasks again.
         if measurement.ids and not measurement.strata and _is_test(measurement.task):
             by_metric.setdefault(measurement.metric, []).append(measurement)
+    for metric, parts in by_metric.items():  # what transfers is no part of the score
+        by_metric[metric] = [p for p in parts if not HELD_OUT_TASK.search(p.task)] or parts
     for name in STRICTNESS:
         for metric, parts in by_metric.items():
             if split_metric(metric)[0] == name:

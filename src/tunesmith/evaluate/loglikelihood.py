@@ -9,6 +9,7 @@ Legend: S targets, D documents, H hidden.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
@@ -22,7 +23,7 @@ from tunesmith.core.types import Batch, Comparison, Document, Side
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.packing import pack_step
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.results import MetricValues
+from tunesmith.evaluate.results import MetricValues, select_items
 from tunesmith.evaluate.shared_items import IndexedPack, Scorer, compute_packs, score_packs
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.lm_head import measure_target_losses
@@ -191,17 +192,22 @@ def measure_preference(
     and SimPO do.
     """
     logps: dict[tuple[str, str], float] = {}
+    lengths: dict[tuple[str, str], int] = {}
     for index, nats, tokens in compute_nll(model, documents, pack_length, share=share):
         document = documents[index]
         logps[document.id, document.side] = -nats if should_sum else -nats / tokens
+        lengths[document.id, document.side] = tokens
     rows = tuple(document.id for document in documents if document.side == "chosen")
     chosen = [logps[row, "chosen"] for row in rows]
     rejected = [logps[row, "rejected"] for row in rows]
     margins = [better - worse for better, worse in zip(chosen, rejected, strict=True)]
+    accuracies = tuple(float(margin > 0) for margin in margins)
+    longer = [lengths[row, "chosen"] - lengths[row, "rejected"] for row in rows]
+    strata = ["" if not extra else "longer" if extra > 0 else "shorter" for extra in longer]
+    by_length = MetricValues(task, "length_controlled_accuracy", rows, accuracies)
     return (
-        MetricValues(
-            task, "preference_accuracy", rows, tuple(float(margin > 0) for margin in margins)
-        ),
+        MetricValues(task, "preference_accuracy", rows, accuracies),
+        *_stratify(by_length, strata),
         MetricValues(task, "margin", rows, tuple(margins)),
         MetricValues(task, "chosen_logp", rows, tuple(chosen)),
         MetricValues(task, "rejected_logp", rows, tuple(rejected), higher_is_better=False),
@@ -226,6 +232,25 @@ def measure_side_logp(
         tuple(-nats for _, nats, _ in nlls),
         higher_is_better=side == "desirable",
     )
+
+
+def measure_side_margin(sides: Sequence[MetricValues]) -> Iterator[MetricValues]:
+    """Yield the log-probability of desirable minus undesirable answers, in nats: the mean over both
+    sides of twice their signed values."""
+    ids = tuple(row for side in sides for row in side.ids)
+    values = tuple((4 * s.higher_is_better - 2.0) * logp for s in sides for logp in s.values)
+    names = [side.metric for side in sides for _ in side.ids]
+    yield from _stratify(MetricValues(sides[0].task, "margin", ids, values), names)
+
+
+def _stratify(measurement: MetricValues, names: Sequence[str]) -> Iterator[MetricValues]:
+    """Yield the measurement as a mean over two strata: a model that only likes longer answers gains
+    in one what it loses in the other (the aim of Dubois 2024). Items without a name are left out;
+    nothing is yielded if a stratum has fewer than two."""
+    counts = Counter(name for name in names if name)
+    if len(counts) == 2 and min(counts.values()) > 1:
+        part = select_items(measurement, [i for i, name in enumerate(names) if name])
+        yield replace(part, strata=tuple(name for name in names if name))
 
 
 def check_likelihood_displacement(

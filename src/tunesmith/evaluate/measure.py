@@ -33,6 +33,7 @@ from tunesmith.evaluate.loglikelihood import (
     measure_loss,
     measure_preference,
     measure_side_logp,
+    measure_side_margin,
     to_bits_per_byte,
 )
 from tunesmith.evaluate.metrics import BITS_PER_BYTE, LIKELIHOODS
@@ -327,10 +328,14 @@ def _measure_likelihoods(
         yield from measure_preference(
             session.model, pairs, task=task, should_sum=should_sum, **packing
         )
+    sides: list[MetricValues] = []
     for side in LABELLED_SIDES:
         labelled = [document for document in documents if document.side == side]
         if len({document.id for document in labelled}) > 1:
-            yield measure_side_logp(session.model, labelled, side, task=task, **packing)
+            sides.append(measure_side_logp(session.model, labelled, side, task=task, **packing))
+    yield from sides
+    if len(sides) == len(LABELLED_SIDES):
+        yield from measure_side_margin(sides)
 
 
 def _measure_plan_likelihoods(

@@ -251,7 +251,7 @@ def split_by_task(
     with the other tasks: what was learned and what transfers are two results. Tasks have equal
     weight whatever their number of rows (macro average).
     """
-    if not tasks:
+    if not tasks or measurement.strata:  # which may be too small in each task
         yield measurement
         return
     names = list(dict.fromkeys(tasks[item] for item in measurement.ids))

@@ -16,14 +16,14 @@ What was not measured is not within the limit: with retention_data: none a run i
 unless the recipe says that forgetting does not matter, `guard: {forgetting: off}`.
 
 "Right often enough" is VERDICT_LIMITS, or the recipe's `gates` if they name the deciding metric.
-The deciding metric is that of the error analysis, else a likelihood of the test rows. All numbers
-are in VERDICT_LIMITS. In: a RunRecord. Out: RunVerdict. Left out: next steps (next_steps.py).
+The deciding metric is that of the kind of run (goals.py), else of the error analysis, else a
+likelihood of the test rows. All numbers are in VERDICT_LIMITS. In: a RunRecord. Out: RunVerdict.
+Left out: next steps (next_steps.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -42,6 +42,15 @@ from tunesmith.core.run_dir import (
 )
 from tunesmith.core.types import Comparison, Plan, RunRecord
 from tunesmith.evaluate.custom_metric import format_metric_name
+from tunesmith.evaluate.goals import (
+    MEAN_OF_TASKS,
+    JudgedComparison,
+    describe_likelihood,
+    drop_held_out,
+    is_decided_by_likelihood,
+    list_likelihood_problems,
+    select_deciding,
+)
 from tunesmith.evaluate.metrics import BITS_PER_BYTE, FORM_METRICS, METRICS, split_metric
 from tunesmith.evaluate.next_steps import is_test_task, list_next_steps, list_steps_of_unfinished
 from tunesmith.evaluate.statistics import (
@@ -58,8 +67,6 @@ from tunesmith.evaluate.statistics import (
 from tunesmith.plan.guard import OFF
 from tunesmith.plan.stages import read_staged_plan
 from tunesmith.recipe.metric_limits import MetricLimit, parse_limits
-
-JudgedComparison = tuple[Comparison, str]  # with its verdict, after Holm correction
 
 VERDICT_LIMITS: dict[str, float] = {
     # share of right answers, and the lower end of its 95% CI
@@ -80,7 +87,6 @@ FORGETTING_UNKNOWN = (
     "forgetting was not measured (retention_data: none): use built-in, or guard: {forgetting: off} "
     "if it does not matter"
 )
-MEAN_OF_TASKS = re.compile(r"test: mean of (held-out )?tasks$")
 RIGHT_WORDS = {
     "exact_match": "exactly right",
     "normalized_match": "right up to case and punctuation",
@@ -98,8 +104,10 @@ REPEAT_CHECKS = ("leaks", "near_leaks", "ngram_overlap")  # of test rows with tr
 def judge_run(record: RunRecord, run: Path) -> RunVerdict:
     """Return the verdict on a finished run; `run` is the folder that commands name."""
     judged = _judge_all(record.comparisons)
-    tests = [pair for pair in judged if is_test_task(pair[0].task)]
-    deciding = _select_deciding(tests, record.errors)
+    tests = drop_held_out([pair for pair in judged if is_test_task(pair[0].task)])
+    deciding = select_deciding(tests, record.errors, record.plan)
+    if is_decided_by_likelihood(deciding, record.plan):  # not by answers
+        record = dataclasses.replace(record, errors=None)
     reasons = _list_reasons(record, judged, deciding)
     outcomes = _list_outcomes(tests, deciding)
     if _has_side_gain(record, tests, deciding):
@@ -185,18 +193,6 @@ def _judge_all(comparisons: Sequence[Comparison]) -> list[JudgedComparison]:
     return judged
 
 
-def _select_deciding(
-    tests: Sequence[JudgedComparison], errors: ErrorAnalysis | None
-) -> list[JudgedComparison]:
-    """Return the comparisons of the metric that decides: of several tasks, their means."""
-    if not tests:
-        return []
-    metric = errors.metric if errors else tests[0][0].metric
-    selected = [pair for pair in tests if pair[0].metric == metric]
-    means = [pair for pair in selected if MEAN_OF_TASKS.search(pair[0].task)]
-    return means or selected
-
-
 def _list_outcomes(
     tests: Sequence[JudgedComparison], deciding: Sequence[JudgedComparison]
 ) -> set[str]:
@@ -222,11 +218,8 @@ def _has_side_gain(
         return False
     if record.errors is None or record.errors.shortcuts:
         return False
-    outcomes: set[str] = set()
-    for comparison, verdict in tests:
-        is_of_form = split_metric(comparison.metric)[0] in FORM_METRICS
-        if _is_grade(comparison.metric, record.plan) and not is_of_form:
-            outcomes.add(verdict)
+    content = [pair for pair in tests if split_metric(pair[0].metric)[0] not in FORM_METRICS]
+    outcomes = {verdict for c, verdict in content if _is_grade(c.metric, record.plan)}
     return "better" in outcomes and "worse" not in outcomes
 
 
@@ -274,12 +267,15 @@ def _list_reasons(
             reasons.append(f"{comparison.task} {comparison.metric} got worse: {values}")
     limits = parse_limits(record.plan.recipe.get("gates") or {})
     reasons += _list_missed_gates(record.comparisons, limits)
-    if not any(_is_limited(comparison, limits) for comparison, _ in deciding):
+    if is_decided_by_likelihood(deciding, record.plan):
+        reasons += list_likelihood_problems(judged, deciding)
+    elif not any(limit.is_limit_of(c.task, c.metric) for limit in limits for c, _ in deciding):
         level_problem = _find_level_problem(errors, deciding, record.plan)
         if level_problem:
             reasons += [level_problem, *_list_wrong_parts(errors, deciding)]
     reasons += _list_right_base(errors, deciding)
-    reasons += _list_suspects(errors)
+    # constants that too few rows can show, so that the level may be theirs
+    reasons += [suspect.suspicion for suspect in errors.suspects[:MAX_SUSPECTS]] if errors else []
     reasons += _list_repeated_rows(record.plan)
     reasons += _list_side_gains(judged, deciding, record.plan)
     return [*reasons, *_list_forgetting(record)]
@@ -299,12 +295,6 @@ def _list_forgetting(record: RunRecord) -> list[str]:
     return [f"general text {may} more than the limit of {margin:g} bits per byte"]
 
 
-def _list_suspects(errors: ErrorAnalysis | None) -> list[str]:
-    """Return the constants that too few rows can show, so that the level may be theirs."""
-    suspects = errors.suspects[:MAX_SUSPECTS] if errors else ()
-    return [suspect.suspicion for suspect in suspects]
-
-
 def _list_repeated_rows(plan: Plan) -> list[str]:
     """Return what test rows share with training rows: answers to those show memory, not skill."""
     report = plan.data.get("test_data")
@@ -315,11 +305,6 @@ def _list_repeated_rows(plan: Plan) -> list[str]:
         # at other levels the rows share a prompt or a passage, and no more
         if finding.check in REPEAT_CHECKS and finding.level == "error" and finding.count > max_rows
     ]
-
-
-def _is_limited(comparison: Comparison, limits: Sequence[MetricLimit]) -> bool:
-    """Return whether the recipe's gates say at which value a metric is good enough."""
-    return any(limit.is_limit_of(comparison.task, comparison.metric) for limit in limits)
 
 
 def _list_missed_gates(
@@ -422,17 +407,13 @@ def _list_side_gains(
     for comparison, verdict in judged:
         if verdict == "better" and _is_grade(comparison.metric, plan):
             values = f"{comparison.before.value:.3f} -> {comparison.after.value:.3f}"
-            gains.append(f"{_name_task(comparison)}{comparison.metric} {values}")
+            task = "" if comparison.task == "test" else f"{comparison.task} "
+            gains.append(f"{task}{comparison.metric} {values}")
     if not gains:
         return []
     head = deciding[0][0]
     subject = "the mean of the tasks" if MEAN_OF_TASKS.search(head.task) else head.metric
     return [f"{subject} did not get better, only {', '.join(gains)}"]
-
-
-def _name_task(comparison: Comparison) -> str:
-    """Return the task before a metric, if test rows are several tasks."""
-    return "" if comparison.task == "test" else f"{comparison.task} "
 
 
 def _can_be_right(errors: ErrorAnalysis) -> bool:
@@ -448,9 +429,7 @@ def describe_level(errors: ErrorAnalysis | None, deciding: Sequence[JudgedCompar
     if errors is None:
         if not deciding:
             return "No answers to test rows were measured"
-        comparison = deciding[0][0]
-        change = f"{comparison.before.value:.3f} -> {comparison.after.value:.3f}"
-        return f"{comparison.metric} on {comparison.after.n} test rows: {change}"
+        return describe_likelihood(deciding[0][0])
     if not _can_be_right(errors):
         before = "" if errors.mean_before is None else f", {errors.mean_before:.2f} before"
         return f"Mean {errors.metric} {errors.mean:.2f} of {errors.n} answers{before}"

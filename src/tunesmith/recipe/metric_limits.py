@@ -36,6 +36,7 @@ LIKELIHOOD_METRICS = {
     "cpt": ("bits_per_byte",),
     "preference": (
         *("loss", "bits_per_byte", "preference_accuracy", "margin"),
+        "length_controlled_accuracy",
         *("chosen_logp", "rejected_logp", "desirable_logp", "undesirable_logp"),
     ),
 }

@@ -17,8 +17,9 @@ from tunesmith.core.events import EVAL_TASK, GENERAL_TASK, CheckResult
 from tunesmith.core.evidence import RunVerdict, VerdictName
 from tunesmith.core.formatting import format_bytes, format_count, format_duration
 from tunesmith.core.types import Comparison, RunRecord
+from tunesmith.evaluate.goals import MEAN_OF_TASKS
 from tunesmith.evaluate.results import describe_truncation
-from tunesmith.evaluate.run_verdict import MEAN_OF_TASKS, judge_unfinished, renew_verdict
+from tunesmith.evaluate.run_verdict import judge_unfinished, renew_verdict
 from tunesmith.evaluate.scale_choice import describe_bargain
 from tunesmith.evaluate.statistics import (
     NO_DIFFERENCE,

@@ -105,12 +105,14 @@ def test_labels_have_their_confusions() -> None:
 
 def test_errors_by_task() -> None:
     answers = [("x" * (index + 1), "x" * (index + 1) if index < 30 else "y") for index in range(40)]
-    tasks = ["easy"] * 25 + ["hard (held out)"] * 15
+    tasks = ["easy"] * 25 + ["hard"] * 15
     analysis = analyze(None, make_results(answers, tasks=tasks))
     assert {name: group.wrong for name, group in get_groups(analysis, "task").items()} == {
-        "hard (held out)": 10,
+        "hard": 10,
         "easy": 0,
     }
+    transfer = make_results(answers, tasks=["easy"] * 25 + ["hard (held out)"] * 15)
+    assert (analyze(None, transfer).n, analyze(None, transfer).right) == (25, 25)
 
 
 def test_the_strictest_metric_decides() -> None:

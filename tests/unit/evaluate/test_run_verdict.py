@@ -18,7 +18,7 @@ from tunesmith.core.evidence import (
     ErrorTable,
 )
 from tunesmith.core.json_io import dump_json, parse_as, read_json
-from tunesmith.core.types import Comparison, RunRecord
+from tunesmith.core.types import Comparison, PlanValue, RunRecord
 from tunesmith.evaluate.run_verdict import judge_run, judge_unfinished, read_verdict
 from tunesmith.evaluate.statistics import compute_mcnemar_p
 from tunesmith.train.model_card import render_card
@@ -455,3 +455,84 @@ def test_a_finished_run_is_read_from_its_record(tmp_path: Path) -> None:
     run = fake_runs.write_run(tmp_path / "run", record=record)
     assert read_verdict(run) == replace(verdict, next_steps=judge_run(record, run).next_steps)
     assert read_json(run / "record.json")["verdict"]["name"] == "useful, not ready"
+
+
+def make_likelihood(metric: str, before: float, after: float, **changes: Any) -> Comparison:
+    lower = metric == "bits_per_byte"
+    return fake_runs.make_comparison(
+        metric, before, after, 0.01, higher_is_better=not lower, **changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("after", "lost", "name"),
+    [(0.8, 0.01, "ready"), (1.1, 0.001, "harmful"), (0.8, 0.5, "harmful")],
+)
+def test_pretraining_is_judged_by_its_texts_next_to_general_text(
+    after: float, lost: float, name: str
+) -> None:
+    plan = fake_runs.make_record().plan.with_settings(stage=PlanValue("cpt", "user", ""))
+    gain = make_likelihood("bits_per_byte", 1.0, after)
+    verdict = judge(None, gain, make_general(lost), plan=plan)
+    assert verdict.name == name
+    assert verdict.level == f"80 test texts take {after:.3f} bits per byte, 1.000 before"
+
+
+def test_pretraining_that_loses_more_than_it_gains_is_not_ready() -> None:
+    plan = fake_runs.make_record().plan.with_settings(
+        stage=PlanValue("cpt", "user", ""), forgetting_margin=PlanValue(0.1, "user", "")
+    )
+    gain = make_likelihood("bits_per_byte", 1.0, 0.97)
+    verdict = judge(None, gain, make_general(0.06), plan=plan)
+    assert verdict.name == "useful, not ready"
+    assert verdict.reasons == (
+        "general text lost 0.060 bits per byte, more than the test texts gained (0.030)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "controlled", "name", "reason"),
+    [
+        (0.9, 0.8, "ready", ""),
+        (0.9, 0.4, "useful, not ready", "the gain may be of length alone: with longer and"),
+        (0.9, None, "useful, not ready", "the gain may be of length alone: nearly all"),
+        (0.5, 0.5, "useful, not ready", "50% of the pairs [40%, 60%] are ordered as in the rows"),
+        (0.3, 0.3, "harmful", ""),
+    ],
+)
+def test_preference_is_judged_by_pairs_of_long_and_short_answers(
+    accuracy: float, controlled: float | None, name: str, reason: str
+) -> None:
+    plan = fake_runs.make_record().plan.with_settings(stage=PlanValue("preference", "user", ""))
+    changes = [make_likelihood("preference_accuracy", 0.4, accuracy)]
+    if controlled is not None:
+        changes.append(make_likelihood("length_controlled_accuracy", 0.4, controlled))
+    verdict = judge(make_errors(0), *changes, make_general(0.001), plan=plan)
+    assert verdict.name == name
+    assert any(each.startswith(reason) for each in verdict.reasons) or not reason
+    assert (
+        verdict.level == f"The chosen answer is likelier in {accuracy:.0%} of 80 pairs, 40% before"
+    )
+
+
+def test_kto_is_judged_by_its_margin() -> None:
+    plan = fake_runs.make_record().plan.with_settings(stage=PlanValue("preference", "user", ""))
+    verdict = judge(None, make_likelihood("margin", -2.0, 3.0), make_general(0.001), plan=plan)
+    assert verdict.name == "ready"
+    assert verdict.level.startswith("margin on 80 test rows: -2.000 -> 3.000")
+
+
+def test_tasks_that_were_not_trained_are_no_part_of_the_verdict() -> None:
+    tasks = (
+        make_change(0.5, task="test: mean of tasks"),
+        make_change(0.0, 0.3, task="test: c (held out)"),
+        make_change(0.0, 0.3, task="test: mean of held-out tasks"),
+    )
+    assert judge(make_errors(80), *tasks, make_general(0.01)).name == "ready"
+    worse = replace(make_change(-0.2), task="test: mean of held-out tasks")
+    verdict = judge(make_errors(80), tasks[0], worse, make_general(0.01))
+    assert verdict.name == "useful, not ready"
+    assert verdict.reasons == (
+        "test: mean of held-out tasks exact_match got worse: 0.300 -> 0.100",
+    )
+    assert judge(make_errors(80), tasks[2], make_general(0.01)).name == "no effect"
