@@ -112,6 +112,7 @@ def advise_measured(
     minutes: float = 10.0,
     target: float | None = None,
     metric: str | None = None,
+    margin: float = 0.1,
     folder: AnyPath = "runs/advise",
     ranks: Ranks = SINGLE_PROCESS,
     **changes: Any,
@@ -120,8 +121,9 @@ def advise_measured(
 
     Tries prompts, retrieval over `documents`, constrained decoding and short trainings. Yields an
     ExperimentStart, each ArmResult as it ends, and the MeasuredAdvice last. Results in `folder`
-    are reused. `metric` decides; by default the first that grades the content of answers. With
-    `ranks` this is rank 0 of several processes, which share the items out."""
+    are reused. `metric` decides; by default the first that grades the content of answers. Without a
+    `target`, a cheaper approach may be worse by less than `margin`. With `ranks` this is rank 0 of
+    several processes, which share the items out."""
     from tunesmith.advise.measured.experiment import ExperimentConfig, advise_measured
     from tunesmith.advise.measured.retrieval import open_passages
     from tunesmith.plan.build import refuse_if_too_large
@@ -131,7 +133,7 @@ def advise_measured(
     inputs = require_single_stage(load_inputs(recipe, **changes))
     plan = make_plan(inputs)
     refuse_if_too_large(plan)
-    config = ExperimentConfig(minutes, target, metric, Path(folder), ranks)
+    config = ExperimentConfig(minutes, target, metric, margin, Path(folder), ranks)
     yield from advise_measured(plan, inputs, passages, config)
 
 

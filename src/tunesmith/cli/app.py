@@ -121,6 +121,7 @@ def advise(  # noqa: PLR0913 - every option is a flag
     minutes: Annotated[float, option("N", "Minutes for --measure; rerun to continue.")] = (10.0),
     target: Annotated[float | None, option("SCORE", "Score that is good enough, 0 to 1.")] = None,
     metric: Annotated[str | None, option("METRIC", "Metric used to choose the winner.")] = None,
+    margin: Annotated[float, option("X", "Score that training must add to pay.")] = (0.1),
     out: Annotated[Path, option("FOLDER", "Folder for measured results.")] = Path("runs/advise"),
     gpus: GpusOption = None,
     as_json: AsJson = False,
@@ -128,7 +129,7 @@ def advise(  # noqa: PLR0913 - every option is a flag
     """Recommend whether to fine-tune, by rules or by measurement."""
     if measure and gpus is not None:
         flags = list_flags(measure=True, documents=documents, minutes=minutes, json=as_json)
-        flags += list_flags(target=target, metric=metric, out=out)
+        flags += list_flags(target=target, metric=metric, margin=margin, out=out)
         raise typer.Exit(launch(gpus, ["advise", *(args or ()), *flags]))
     if measure:
         from tunesmith.cli.views.measured_advice import report_experiment
@@ -140,6 +141,7 @@ def advise(  # noqa: PLR0913 - every option is a flag
                 minutes=minutes,
                 target=target,
                 metric=metric,
+                margin=margin,
                 folder=out,
                 ranks=ranks,
             )

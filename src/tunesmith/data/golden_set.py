@@ -208,14 +208,14 @@ def refuse_task_leakage(data: Dataset, held_out: Mapping[str, Dataset]) -> None:
                 raise InputError(overlap, where=f"{role}: {part.source.path}", fix=fix)
 
 
-def refuse_test_leakage(datasets: Mapping[str, Dataset]) -> None:
+def refuse_test_leakage(datasets: Mapping[str, Dataset], role: str = "test_data") -> None:
     """Raise InputError if rows of test_data are also in the training data.
 
-    Rows of eval_data only select; the data check reports them."""
-    test = datasets.get("test_data")
+    Rows of eval_data only select in a run, where the data check reports them."""
+    test = datasets.get(role)
     if test is not None and (overlap := _describe_overlap(test, datasets["data"], "data")):
         fix = "remove them from one side; `tunesmith data split` writes files without shared rows"
-        raise InputError(overlap, where=f"test_data: {test.path}", fix=fix)
+        raise InputError(overlap, where=f"{role}: {test.path}", fix=fix)
 
 
 def _describe_overlap(dataset: Dataset, other: Dataset, other_role: str, kind: str = "") -> str:

@@ -58,6 +58,10 @@ class Arm:
         return f"{self.shot_layout}, seed {self.seed}" if self.shots else f"seed {self.seed}"
 
     @property
+    def label(self) -> str:
+        return f"{self.name} ({self.variant})" if self.shots else self.name
+
+    @property
     def cost_key(self) -> tuple[bool, bool, int, bool, int, int]:
         """Sort key by cost: training over retrieval over prompting, then by amount."""
         return (

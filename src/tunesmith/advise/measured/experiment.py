@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,19 +28,24 @@ from tunesmith.advise.measured.run_arm import (
     select_items,
 )
 from tunesmith.advise.measured.verdict import (
+    DEFAULT_MARGIN,
     ArmGrader,
     ArmRow,
     Decision,
+    add_caveats,
     build_table,
+    choose_options,
     choose_primary_metric,
+    collect_candidates,
     make_decision,
+    split_items,
 )
 from tunesmith.core.atomic import make_dirs, refuse_links, remove_leftovers, write_file
 from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import Score
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
-from tunesmith.core.types import Json, Plan
+from tunesmith.core.types import Example, Json, Plan
 from tunesmith.evaluate.generate_until import build_prompts, check_prompts
 from tunesmith.evaluate.metrics import METRICS, split_metric
 from tunesmith.evaluate.statistics import compute_wilson_interval
@@ -97,6 +102,7 @@ class ExperimentConfig:
     minutes: float = 10.0
     target: float | None = None
     metric: str | None = None
+    margin: float = DEFAULT_MARGIN  # that a cheaper approach may be worse by
     folder: Path = Path("runs/advise")
     ranks: Ranks = SINGLE_PROCESS  # which share the items out; the others follow
 
@@ -141,6 +147,7 @@ def advise_measured(
         minutes=config.minutes,
     )
     yield from experiment.run_arms(arms)
+    yield from experiment.measure_more(items, lambda: _decide(experiment, metrics[0], config))
     yield _build_advice(experiment, metrics, len(items), config, time.perf_counter() - start)
 
 
@@ -152,7 +159,11 @@ def _validate_metrics(plan: Plan, config: ExperimentConfig) -> tuple[str, ...]:
     if not 0 < config.minutes < math.inf:
         raise InputError("must be a positive number", where="--minutes", fix="--minutes 10")
     if config.target is not None and not 0 < config.target <= 1:
-        raise InputError(f"must be between 0 and 1, not {config.target:g}", where="--target")
+        message = f"must be between 0 and 1, not {config.target:g}"
+        raise InputError(message, where="--target", fix="write 90% as 0.9")
+    if not 0 < config.margin < 1:
+        message = f"must be between 0 and 1, not {config.margin:g}"
+        raise InputError(message, where="--margin", fix="write 10% as 0.1")
     choices = ", ".join(METRICS)
     if config.metric is not None and split_metric(config.metric)[0] not in METRICS:
         message = f"unknown metric {config.metric!r:.60}"
@@ -245,9 +256,9 @@ class _Experiment:
         self, runner: ArmRunner, store: ResultStore, item_seconds: float, deadline: float
     ) -> None:
         self.runner = runner
+        self.first_items = len(runner.items)
         self.store = store
         self.deadline = deadline
-        self.item_ids = [example.id for example in runner.items]
         self.results: list[ArmResult] = []
         self.skipped: list[SkippedArm] = []
         # Until one was trained on, a row counts as an item that is answered in each epoch.
@@ -256,7 +267,7 @@ class _Experiment:
     def run_arms(self, arms: Sequence[Arm]) -> Iterator[ArmResult]:
         """Yield each result as it ends; arms that do not fit in the remaining time are skipped."""
         for arm in arms:
-            result = self._load_result(arm)
+            result = self.store.get(_build_key(arm, self.runner), ArmResult)
             if result is None:
                 arm_seconds = self._estimate_seconds(arm)
                 remaining_seconds = self.deadline - time.perf_counter()
@@ -269,6 +280,47 @@ class _Experiment:
                 self.results.append(result)
                 yield result
 
+    def measure_more(
+        self, items: Sequence[Example], decide: Callable[[], Decision]
+    ) -> Iterator[ArmResult]:
+        """Let the chosen arms answer more items, twice as many each time, until it is decided.
+
+        Each yielded result has the answers to all its items. A round that does not fit in the time
+        is left out; a training is repeated for it, from the same weights and rows."""
+        while (count := len(self.runner.items)) < len(items):
+            decision = decide()
+            if decision.conclusion != "undecided" or decision.untried:
+                return
+            more = dataclasses.replace(self.runner, items=tuple(items[count : 2 * count]))
+            arms = self._list_judged_arms(decision)
+            stored = [self.store.get(_build_key(arm, more), ArmResult) for arm in arms]
+            num_seconds = 0.0
+            for arm, result in zip(arms, stored, strict=True):
+                num_seconds += 0.0 if result else self._estimate_seconds(arm, len(more.items))
+            if time.perf_counter() + num_seconds > self.deadline:
+                return
+            for arm, result in zip(arms, stored, strict=True):
+                if result is None:
+                    result = run_arm(more, arm)
+                    self.store.put(_build_key(arm, more), result)
+                yield self._merge(result)
+            self.runner = dataclasses.replace(self.runner, items=(*self.runner.items, *more.items))
+
+    def _list_judged_arms(self, decision: Decision) -> list[Arm]:
+        """Return the arms of the options; of a training each of its seeds."""
+        options = {option.arm for option in decision.options}
+        return [
+            result.arm
+            for result in self.results
+            if result.arm in options or (result.arm.examples and result.arm.row_key in options)
+        ]
+
+    def _merge(self, result: ArmResult) -> ArmResult:
+        index = [each.arm for each in self.results].index(result.arm)
+        answers = {**self.results[index].answers, **result.answers}
+        self.results[index] = dataclasses.replace(self.results[index], answers=answers)
+        return self.results[index]
+
     def _try_arm(self, arm: Arm) -> ArmResult | None:
         try:
             result = run_arm(self.runner, arm)
@@ -277,22 +329,47 @@ class _Experiment:
                 raise  # without the zero-shot baseline there is no experiment
             self.skipped.append(SkippedArm(arm, error.message))
             return None
-        self.store.put(self._build_key(arm), result)
+        self.store.put(_build_key(arm, self.runner), result)
         return result
 
-    def _estimate_seconds(self, arm: Arm) -> float:
+    def _estimate_seconds(self, arm: Arm, items: int = 0) -> float:
         answering = [result.total_seconds - result.train_seconds for result in self.results]
         training = [
             each.train_seconds / each.arm.examples for each in self.results if each.arm.examples
         ]
         row_seconds = max(training, default=self.row_seconds)
-        return max(answering, default=0.0) + arm.examples * row_seconds
+        share = (items or self.first_items) / self.first_items
+        return share * max(answering, default=0.0) + arm.examples * row_seconds
 
-    def _load_result(self, arm: Arm) -> ArmResult | None:
-        return self.store.get(self._build_key(arm), ArmResult)
 
-    def _build_key(self, arm: Arm) -> Json:
-        return {"arm": dataclasses.asdict(arm), "items": self.item_ids}
+def _build_key(arm: Arm, runner: ArmRunner) -> Json:
+    return {"arm": dataclasses.asdict(arm), "items": [example.id for example in runner.items]}
+
+
+def _build_grader(experiment: _Experiment, metrics: tuple[str, ...]) -> ArmGrader:
+    runner = experiment.runner
+    questions = build_prompts(runner.items, runner.inputs.renderer)
+    row_groups = map_groups(runner.inputs.datasets["eval_data"], runner.inputs.recipe.group)
+    groups = tuple(row_groups[question.id] for question in questions) if row_groups else ()
+    return ArmGrader(questions, metrics[0], metrics, runner.inputs.response_schema, groups)
+
+
+def _decide(experiment: _Experiment, metric: str, config: ExperimentConfig) -> Decision:
+    """Choose an arm of each approach on a third of the first items, and judge it on the others."""
+    grader = _build_grader(experiment, (metric,))
+    first = experiment.first_items
+    choosing = split_items(
+        [item.id for item in experiment.runner.items[:first]], grader.groups[:first]
+    )
+    candidates = collect_candidates(experiment.results, grader)
+    values = {arm: values for arm, (values, _) in candidates.items()}
+    options = choose_options(values, choosing)
+    skipped = [skipped.arm for skipped in experiment.skipped]
+    decision = make_decision(
+        options, config.target, config.margin, choosing_items=len(choosing), skipped=skipped
+    )
+    seeds = [len(candidates[option.arm][1]) for option in options if option.approach == "sft"]
+    return add_caveats(decision, sum(seeds))
 
 
 def _build_advice(
@@ -303,21 +380,15 @@ def _build_advice(
     seconds: float,
 ) -> MeasuredAdvice:
     runner = experiment.runner
-    questions = build_prompts(runner.items, runner.inputs.renderer)
-    row_groups = map_groups(runner.inputs.datasets["eval_data"], runner.inputs.recipe.group)
-    groups = tuple(row_groups[question.id] for question in questions) if row_groups else ()
-    grader = ArmGrader(questions, metrics[0], metrics, runner.inputs.response_schema, groups)
-    rows = build_table(experiment.results, grader)
-    skipped_arms = [skipped.arm for skipped in experiment.skipped]
     is_constrained = any(result.arm.is_constrained for result in experiment.results)
     return MeasuredAdvice(
         model=runner.plan.model.name,
         metric=metrics[0],
-        items=len(experiment.item_ids),
+        items=len(runner.items),
         available_items=available_items,
         training_rows=len(runner.rows),
-        decision=make_decision(rows, config.target, skipped_arms),
-        rows=rows,
+        decision=_decide(experiment, metrics[0], config),
+        rows=build_table(experiment.results, _build_grader(experiment, metrics)),
         recall=_measure_recall(runner),
         skipped=tuple(experiment.skipped),
         unenforced=runner.grammar.warnings if is_constrained else (),

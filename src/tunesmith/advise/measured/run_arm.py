@@ -32,6 +32,7 @@ from tunesmith.core.types import (
     require,
 )
 from tunesmith.data.dataset import Dataset
+from tunesmith.data.golden_set import refuse_test_leakage
 from tunesmith.data.sampler import StepSampler, permute_rows
 from tunesmith.evaluate.generate_until import (
     EvalPrompt,
@@ -40,6 +41,7 @@ from tunesmith.evaluate.generate_until import (
     iter_answers,
 )
 from tunesmith.evaluate.shared_items import generate_all
+from tunesmith.evaluate.statistics import MIN_ITEMS
 from tunesmith.model.adapters import copy_weights, restore_weights
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.generation.grammar import Grammar
@@ -51,6 +53,7 @@ from tunesmith.train.follow_measuring import send_weights
 from tunesmith.train.loop import TrainingLoop
 
 TIMED_REQUESTS = 3
+FEWEST_ITEMS = MIN_ITEMS * 3 // 2
 MAX_ITEMS = 1000  # more items hardly narrow an interval
 # settings of the full plan that a training on fewer rows takes over
 FIXED_SETTINGS = (
@@ -145,17 +148,20 @@ class ArmRunner:
 def select_items(inputs: RunInputs) -> list[Example]:
     """Return rows of `eval_data` with a question and a correct answer, shuffled, at most MAX_ITEMS.
 
-    Raises InputError for fewer than two.
+    Raises InputError for too few, and for items that are training rows.
     """
     if "eval_data" not in inputs.datasets:
         message = "no held-out items: test_data is reserved for the final result"
         raise InputError(message, where="eval_data", fix="set eval_data, or --eval-split 0.1")
     rows = inputs.datasets["eval_data"]
     items = select_usable(rows, permute_rows(0, 0, len(rows)).tolist(), MAX_ITEMS)
-    if len(items) < 2:
-        message = f"{len(items)} rows have a question and an answer; an interval needs at least two"
-        fix = "add rows with questions and answers, at least 20"
-        raise InputError(message, where=f"eval_data: {rows.path}", fix=fix)
+    refuse_test_leakage(inputs.datasets, "eval_data")
+    if len(items) < FEWEST_ITEMS:
+        message = (
+            f"{len(items)} rows have a question and an answer; at least {FEWEST_ITEMS} are needed: "
+            f"a third to choose wordings, and {MIN_ITEMS} others to judge them"
+        )
+        raise InputError(message, where=f"eval_data: {rows.path}", fix="add rows, better 100")
     return items
 
 

@@ -1,72 +1,46 @@
 """Turn the answers of the arms into a table and a decision.
 
-    ArmResults -> an ArmRow per kind -> the cheapest not significantly worse than the best
+    ArmResults -> an ArmRow per kind, an Option per approach -> Decision
 
-All arms answer the same items, so they are compared item by item. Prompts of one kind count by
-their best wording, with the mean over wordings; trainings of one size count by their mean over
-seeds. Cost follows what must be built and maintained: nothing, a schema, a longer prompt, an index,
-a model (Arm.cost_key). Left out: the words of the report (cli/views/measured_advice.py).
+The items are split: one part chooses the arm of each approach (wording, number of shots, size of a
+training), the other judges it, so the best of many is not judged by its luck. The decision is by
+non-inferiority: the cheapest approach that reaches the target, or without one is at most `margin`
+worse than each costlier one, with its whole interval. A costlier one replaces it if it is better by
+more than `margin`. Anything else is undecided. Left out: the words of the report
+(cli/views/measured_advice.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
+from typing import Literal, get_args
 
 from tunesmith.advise.measured.arms import Arm
 from tunesmith.advise.measured.run_arm import ArmResult
 from tunesmith.core.events import Score
-from tunesmith.core.types import Json
+from tunesmith.core.types import Comparison, Json
 from tunesmith.evaluate.generate_until import EvalPrompt
 from tunesmith.evaluate.metrics import grade_answer, parse_metric_arg
-from tunesmith.evaluate.results import MetricValues, compare_measurements, compute_score
-from tunesmith.evaluate.statistics import MIN_ITEMS, compute_detectable_difference
+from tunesmith.evaluate.results import (
+    MetricValues,
+    compare_measurements,
+    compute_score,
+    select_items,
+)
+from tunesmith.evaluate.statistics import MIN_ITEMS
 
 FORMAT_METRICS = ("json_valid", "schema_valid")  # blind to the content of an answer
-FEW_ITEMS = 20  # fewer give a first impression only
 MIN_USEFUL_SCORE = 0.1  # below it no arm solves the task
-Conclusion = Literal["prompt", "constrained decoding", "retrieval", "sft", "nothing", "undecided"]
-
-
-@dataclass(frozen=True)
-class ArmRow:
-    """One kind of arm, with its best wording."""
-
-    name: str
-    arm: Arm
-    variants: int  # wordings or seeds
-    score: Score
-    mean_score: float  # over the variants
-    min_score: float
-    other_scores: tuple[Score, ...]  # of the other metrics
-    prompt_tokens: float
-    request_seconds: float  # of a single request
-    train_minutes: float
-    # to the best row, paired by item: difference, low, high; empty for the best row
-    difference: tuple[float, ...] = ()
-
-    @property
-    def may_be_best(self) -> bool:
-        """Whether it is the best row, or not significantly worse."""
-        return not self.difference or self.difference[2] >= 0
-
-
-@dataclass(frozen=True)
-class Decision:
-    conclusion: Conclusion
-    chosen: ArmRow  # the cheapest that is not significantly worse than the best
-    best: ArmRow
-    detectable_difference: float  # with 80% power, on so many items
-    items: int
-    caveats: tuple[str, ...]
-    counterfactuals: tuple[str, ...]
-    # kinds that did not fit in the time: with any, it is undecided unless a training wins
-    untried_kinds: tuple[str, ...] = ()
+DEFAULT_MARGIN = 0.1  # one answer in ten: what a cheaper approach may be worse by
+CHOOSING_SHARE = 1 / 3  # of the items choose the arms; the others judge them
+MAX_NEEDED_ITEMS = 10_000
+Approach = Literal["prompt", "constrained decoding", "retrieval", "sft"]
+APPROACHES: tuple[Approach, ...] = get_args(Approach)
+Conclusion = Literal[Approach, "nothing", "undecided"]
 
 
 def choose_primary_metric(metrics: Sequence[str]) -> str:
@@ -74,7 +48,50 @@ def choose_primary_metric(metrics: Sequence[str]) -> str:
     return next((name for name in metrics if name not in FORMAT_METRICS), metrics[0])
 
 
-# ---------------------------------------------------------------- the table
+def get_approach(arm: Arm) -> Approach:
+    if arm.examples:
+        return "sft"
+    if arm.passages:
+        return "retrieval"
+    return "constrained decoding" if arm.is_constrained else "prompt"
+
+
+@dataclass(frozen=True)
+class ArmRow:
+    """One kind of arm, on all items: the mean over its wordings or seeds."""
+
+    name: str
+    arm: Arm
+    variants: int  # wordings or seeds
+    score: Score
+    other_scores: tuple[Score, ...]  # of the other metrics
+    prompt_tokens: float
+    request_seconds: float  # of a single request
+    train_minutes: float
+
+
+@dataclass(frozen=True)
+class Option:
+    """An approach, by the arm that was best on the choosing items, judged on the others."""
+
+    approach: Approach
+    arm: Arm
+    candidates: int  # arms that it was chosen from
+    score: Score
+    gains: tuple[Comparison, ...] = ()  # of each costlier option over this one
+
+
+@dataclass(frozen=True)
+class Decision:
+    conclusion: Conclusion
+    options: tuple[Option, ...]  # from the cheapest approach to the most expensive
+    chosen: Option  # the cheapest that is not ruled out
+    margin: float
+    choosing_items: int
+    judging_items: int
+    needed_items: int | None  # to judge on, if the estimates stay; None: decided, or none would do
+    untried: tuple[str, ...] = ()  # approaches that did not fit in the time
+    caveats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,205 +104,210 @@ class ArmGrader:
     schema: Json | None
     groups: tuple[str, ...] = ()  # of the questions, where some are not independent
 
-    def grade_items(self, result: ArmResult, metric: str = "") -> tuple[float, ...]:
+    def grade(self, results: Sequence[ArmResult], metric: str = "") -> MetricValues:
+        """Return the mean over results of each question that all have answered."""
         metric = metric or self.metric
         metric_arg = parse_metric_arg(metric, self.schema)
-        return tuple(
-            grade_answer(metric, result.answers[question.id], question.expected, metric_arg)
-            for question in self.questions
+        indices: list[int] = []
+        grades: list[float] = []
+        for index, question in enumerate(self.questions):
+            answers = [each.answers[question.id] for each in results if question.id in each.answers]
+            if len(answers) == len(results):
+                graded = [grade_answer(metric, a, question.expected, metric_arg) for a in answers]
+                indices.append(index)
+                grades.append(statistics.fmean(graded))
+        return MetricValues(
+            "items",
+            metric,
+            tuple(self.questions[index].id for index in indices),
+            tuple(grades),
+            groups=tuple(self.groups[index] for index in indices) if self.groups else (),
         )
-
-    def average_grades(self, results: Sequence[ArmResult], metric: str = "") -> MetricValues:
-        """Return the mean over results, by item."""
-        values = np.mean([self.grade_items(result, metric) for result in results], axis=0)
-        ids = tuple(question.id for question in self.questions)
-        name = metric or self.metric
-        return MetricValues("items", name, ids, tuple(values.tolist()), groups=self.groups)
 
 
 def build_table(results: Sequence[ArmResult], grader: ArmGrader) -> tuple[ArmRow, ...]:
-    """Return the rows from the cheapest kind to the most expensive, each compared with the best."""
+    """Return a row per kind of arm, from the cheapest to the most expensive."""
     results_by_kind: dict[Arm, list[ArmResult]] = {}
     for result in results:
         results_by_kind.setdefault(result.arm.row_key, []).append(result)
-    counted_by_kind: dict[Arm, Sequence[ArmResult]] = {}
-    values_by_kind: dict[Arm, MetricValues] = {}
-    for kind, kind_results in results_by_kind.items():
-        counted_by_kind[kind] = _select_counted(kind_results, grader)
-        values_by_kind[kind] = grader.average_grades(counted_by_kind[kind])
-    best = _find_best(values_by_kind)
-    rows: list[ArmRow] = []
-    for kind in sorted(results_by_kind, key=lambda arm: arm.cost_key):
-        difference: tuple[float, ...] = ()
-        if kind != best:
-            comparison = compare_measurements(values_by_kind[best], values_by_kind[kind])
-            difference = (comparison.difference, comparison.low, comparison.high)
-        rows.append(_build_row(results_by_kind[kind], counted_by_kind[kind], grader, difference))
-    return tuple(rows)
+    kinds = sorted(results_by_kind, key=lambda arm: arm.cost_key)
+    return tuple(_build_row(kind, results_by_kind[kind], grader) for kind in kinds)
 
 
-def _select_counted(results: Sequence[ArmResult], grader: ArmGrader) -> Sequence[ArmResult]:
-    """Return the best wording; all of several trainings."""
-    if results[0].arm.examples:
-        return results
-    return [max(results, key=lambda result: statistics.fmean(grader.grade_items(result)))]
-
-
-def _find_best(values_by_kind: Mapping[Arm, MetricValues]) -> Arm:
-    """Return the kind with the highest mean; among equals the cheapest."""
-
-    def sort_key(kind: Arm) -> tuple[float, list[int]]:
-        return compute_score(values_by_kind[kind]).value, [-cost for cost in kind.cost_key]
-
-    return max(values_by_kind, key=sort_key)
-
-
-def _build_row(
-    results: Sequence[ArmResult],
-    counted: Sequence[ArmResult],
-    grader: ArmGrader,
-    difference: tuple[float, ...],
-) -> ArmRow:
-    means = [statistics.fmean(grader.grade_items(result)) for result in results]
-    other_scores: list[Score] = []
-    for metric in grader.metrics:
-        if metric != grader.metric:
-            other_scores.append(compute_score(grader.average_grades(counted, metric)))
+def _build_row(kind: Arm, results: Sequence[ArmResult], grader: ArmGrader) -> ArmRow:
+    others = [metric for metric in grader.metrics if metric != grader.metric]
     return ArmRow(
-        name=results[0].arm.row_key.name,
-        arm=counted[0].arm,
+        name=kind.name,
+        arm=kind,
         variants=len(results),
-        score=compute_score(grader.average_grades(counted)),
-        mean_score=statistics.fmean(means),
-        min_score=min(means),
-        other_scores=tuple(other_scores),
-        prompt_tokens=statistics.fmean(result.prompt_tokens for result in counted),
-        request_seconds=statistics.median(result.request_seconds for result in counted),
-        train_minutes=statistics.fmean(result.train_seconds for result in counted) / 60,
-        difference=difference,
+        score=compute_score(grader.grade(results)),
+        other_scores=tuple(compute_score(grader.grade(results, metric)) for metric in others),
+        prompt_tokens=statistics.fmean(result.prompt_tokens for result in results),
+        request_seconds=statistics.median(result.request_seconds for result in results),
+        train_minutes=statistics.fmean(result.train_seconds for result in results) / 60,
     )
 
 
-# ---------------------------------------------------------------- the verdict
+def collect_candidates(
+    results: Sequence[ArmResult], grader: ArmGrader
+) -> dict[Arm, tuple[MetricValues, tuple[Arm, ...]]]:
+    """Return candidate -> values, arms: each wording, but of a training the mean over its seeds."""
+    grouped: dict[Arm, list[ArmResult]] = {}
+    for result in results:
+        candidate = result.arm.row_key if result.arm.examples else result.arm
+        grouped.setdefault(candidate, []).append(result)
+    return {
+        candidate: (grader.grade(each), tuple(result.arm for result in each))
+        for candidate, each in grouped.items()
+    }
+
+
+def split_items(ids: Sequence[str], groups: Sequence[str] = ()) -> frozenset[str]:
+    """Return the ids of the items that choose: the first third, by whole groups."""
+    group_by_id = dict(zip(ids, groups or ids, strict=True))
+    choosing: set[str] = set()
+    for item in ids[: int(CHOOSING_SHARE * len(ids))]:
+        choosing.add(group_by_id[item])
+    return frozenset(item for item in ids if group_by_id[item] in choosing)
+
+
+def choose_options(values: Mapping[Arm, MetricValues], choosing: frozenset[str]) -> list[Option]:
+    """Return an option per approach: the candidate that is best on the items that choose, judged on
+    those that all options have answered besides. Among equals, the cheapest."""
+    candidates: dict[Approach, list[Arm]] = {}
+    for arm in sorted(values, key=lambda arm: (APPROACHES.index(get_approach(arm)), arm.cost_key)):
+        candidates.setdefault(get_approach(arm), []).append(arm)
+
+    def rate(arm: Arm) -> float:
+        pairs = zip(values[arm].ids, values[arm].values, strict=True)
+        grades = [value for item, value in pairs if item in choosing]
+        return statistics.fmean(grades) if grades else 0.0
+
+    arms: dict[Approach, Arm] = {}
+    for kind in candidates:
+        arms[kind] = max(candidates[kind], key=rate)
+    judging = frozenset.intersection(*(frozenset(values[arm].ids) for arm in arms.values()))
+    judged: dict[Approach, MetricValues] = {}
+    for kind, arm in arms.items():
+        ids = values[arm].ids
+        rows = [row for row, item in enumerate(ids) if item in judging - choosing]
+        judged[kind] = select_items(values[arm], rows)
+    kinds = tuple(judged)
+    return [
+        Option(
+            approach=kind,
+            arm=arms[kind],
+            candidates=len(candidates[kind]),
+            score=compute_score(judged[kind]),
+            gains=tuple(compare_measurements(judged[kind], judged[k]) for k in kinds[index + 1 :]),
+        )
+        for index, kind in enumerate(kinds)
+    ]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """When an option is good enough, and when it is not."""
+
+    target: float | None
+    margin: float
+
+    def is_enough(self, option: Option) -> bool:
+        if self.target is not None:
+            return option.score.low > self.target
+        is_useful = option.score.value >= MIN_USEFUL_SCORE
+        return is_useful and all(gain.high < self.margin for gain in option.gains)
+
+    def is_ruled_out(self, option: Option) -> bool:
+        is_missed = self.target is not None and option.score.high < self.target
+        return is_missed or any(gain.low > self.margin for gain in option.gains)
+
+    def count_items(self, option: Option) -> int | None:
+        """Return the items that would decide about an option; None if it lies on the boundary."""
+        score = option.score
+        beaten = [_scale(g.difference - self.margin, g.difference - g.low) for g in option.gains]
+        equal = [_scale(self.margin - g.difference, g.high - g.difference) for g in option.gains]
+        ways = [min(beaten, default=math.inf)]
+        if self.target is None:
+            ways.append(max(equal, default=math.inf))
+        else:
+            ways.append(_scale(self.target - score.value, score.high - score.value))
+            ways.append(_scale(score.value - self.target, score.value - score.low))
+        needed = score.n * min(ways)
+        return math.ceil(needed) if needed <= MAX_NEEDED_ITEMS else None
+
+
+def _scale(gap: float, half_width: float) -> float:
+    """Return by what the items must be multiplied for an interval to end before a limit."""
+    return max(1.0, half_width / gap) ** 2 if gap > 0 else math.inf
 
 
 def make_decision(
-    rows: Sequence[ArmRow], target: float | None, skipped: Sequence[Arm] = ()
+    options: Sequence[Option],
+    target: float | None,
+    margin: float = DEFAULT_MARGIN,
+    *,
+    choosing_items: int = 0,
+    skipped: Sequence[Arm] = (),
 ) -> Decision:
-    """Decide from the rows of build_table; `skipped` are the arms that did not fit in the time."""
-    best = next(row for row in rows if not row.difference)
-    is_too_few = best.score.independent < MIN_ITEMS
-    chosen = best if is_too_few else next(row for row in rows if row.may_be_best)
-    detectable = _compute_detectable_difference(chosen, rows)
-    conclusion = _draw_conclusion(chosen, best, target)
-    untried_kinds = _find_untried_kinds(rows, skipped)
-    if is_too_few or (untried_kinds and conclusion != "sft"):
+    """Decide; `skipped` are the arms that did not fit in the time."""
+    criterion = Criterion(target, margin)
+    tried = {option.approach for option in options}
+    skipped_approaches = {get_approach(arm) for arm in skipped}
+    untried = tuple(name for name in APPROACHES if name in skipped_approaches - tried)
+    open_options = [each for each in options if not criterion.is_ruled_out(each)]
+    chosen = open_options[0] if open_options else max(options, key=lambda each: each.score.value)
+    conclusion = _conclude(criterion, options, open_options)
+    # an approach without a result may be better; a target that is reached is reached
+    is_final = conclusion == "sft" or (target is not None and criterion.is_enough(chosen))
+    needed: int | None = None
+    if chosen.score.independent < MIN_ITEMS:
+        conclusion, needed = "undecided", MIN_ITEMS
+    elif conclusion == "undecided":
+        needed = criterion.count_items(chosen)
+    elif untried and not is_final:
         conclusion = "undecided"
     return Decision(
         conclusion=conclusion,
+        options=tuple(options),
         chosen=chosen,
-        best=best,
-        detectable_difference=detectable,
-        items=best.score.n,
-        caveats=tuple(_iter_caveats(chosen, best, rows, detectable)),
-        counterfactuals=tuple(_iter_counterfactuals(chosen, best, rows, detectable, target)),
-        untried_kinds=untried_kinds,
+        margin=margin,
+        choosing_items=choosing_items,
+        judging_items=chosen.score.n,
+        needed_items=needed,
+        untried=untried,
     )
 
 
-def _find_untried_kinds(rows: Sequence[ArmRow], skipped: Sequence[Arm]) -> tuple[str, ...]:
-    """Return the kinds without a row; skipped arms of other kinds are wordings or sizes."""
-    untried: set[str] = set()
-    for arm in skipped:
-        untried.update(_list_kinds(arm))
-    for row in rows:
-        untried.difference_update(_list_kinds(row.arm))
-    return tuple(sorted(untried))
-
-
-def _list_kinds(arm: Arm) -> list[str]:
-    kinds = {
-        "retrieval": arm.passages,
-        "training": arm.examples,
-        "the schema": arm.is_constrained,
-        "prompts": arm.shots,
-    }
-    return [kind for kind, amount in kinds.items() if amount]
-
-
-def _draw_conclusion(chosen: ArmRow, best: ArmRow, target: float | None) -> Conclusion:
-    required = MIN_USEFUL_SCORE if target is None else target
-    if best.score.high < required or best.score.value < MIN_USEFUL_SCORE:
+def _conclude(
+    criterion: Criterion, options: Sequence[Option], open_options: Sequence[Option]
+) -> Conclusion:
+    useless = [option for option in options if option.score.high < MIN_USEFUL_SCORE]
+    if not open_options or len(useless) == len(options):
         return "nothing"
-    if chosen.arm.examples:
-        return "sft"
-    if chosen.arm.passages:
-        return "retrieval"
-    if chosen.arm.is_constrained and not chosen.arm.shots:
-        return "constrained decoding"
-    return "prompt"
+    candidate = open_options[0]
+    if criterion.is_enough(candidate):
+        return candidate.approach
+    # the most expensive need not be shown above the target to be better than all the others
+    cheaper = options[:-1]
+    is_best = all(option.gains[-1].low > criterion.margin for option in cheaper)
+    if cheaper and candidate is options[-1] and is_best:
+        return candidate.approach
+    return "undecided"
 
 
-def _compute_detectable_difference(chosen: ArmRow, rows: Sequence[ArmRow]) -> float:
-    """Return the difference to the best that is detected with 80% power."""
-    compared_row = next((row for row in (chosen, *rows) if row.difference), None)
-    if compared_row is None:
-        return 1.0  # nothing to compare with
-    _, low, high = compared_row.difference
-    return compute_detectable_difference(low, high)
+def add_caveats(decision: Decision, seeds: int) -> Decision:
+    """Add what the intervals do not cover; `seeds` of the training that was judged, if any."""
+    return dataclasses.replace(decision, caveats=tuple(_iter_caveats(decision, seeds)))
 
 
-def _iter_caveats(
-    chosen: ArmRow, best: ArmRow, rows: Sequence[ArmRow], detectable: float
-) -> Iterator[str]:
-    num_items = best.score.n
-    if num_items < MIN_ITEMS:
-        yield f"{num_items} items are too few for any conclusion: measure at least {MIN_ITEMS}"
-    elif num_items < FEW_ITEMS:
-        yield (
-            f"{num_items} items are few: only a difference of about {detectable:.2f} or more is "
-            "likely to be detected. An arm that fails on nearly all items or on none is a result; "
-            "two similar arms are not"
-        )
-    if chosen.variants > 1 and not chosen.arm.examples:
-        yield (
-            f"{chosen.arm.variant} is the best of {chosen.variants} wordings, selected on the "
-            f"items that score it: their mean is {chosen.mean_score:.3f}, the worst "
-            f"{chosen.min_score:.3f}"
-        )
-    trained = [row for row in rows if row.arm.examples]
-    if trained and all(row.variants == 1 for row in trained):
-        yield "each size was trained once: the intervals do not cover seed-to-seed variation"
-    if chosen is not best and chosen.difference[1] < -0.1:
-        low, high = chosen.difference[1:]
-        yield (
-            "not significantly worse does not mean equally good: the difference is in "
-            f"[{low:+.3f}, {high:+.3f}]"
-        )
-
-
-def _iter_counterfactuals(
-    chosen: ArmRow, best: ArmRow, rows: Sequence[ArmRow], detectable: float, target: float | None
-) -> Iterator[str]:
-    if chosen is not best:
-        difference = chosen.difference[0]
-        ratio = detectable / max(0.02, abs(difference))
-        needed_items = math.ceil(chosen.score.n * ratio**2)
-        if needed_items > chosen.score.n and difference < 0:
-            yield (
-                f"{needed_items:,} items, if {best.name} stays {-difference:.3f} ahead: then the "
-                "difference is significant, and it wins"
-            )
-    trained = [row for row in rows if row.arm.examples]
-    competitive = [row for row in trained if row.may_be_best]
-    if competitive and not chosen.arm.examples:
-        best_trained = max(competitive, key=lambda row: row.score.value)
-        saved_seconds = chosen.request_seconds - best_trained.request_seconds
-        saved_tokens = chosen.prompt_tokens - best_trained.prompt_tokens
-        if saved_tokens > 0.2 * chosen.prompt_tokens and saved_seconds > 0:
-            saved = f"{saved_tokens:.0f} prompt tokens and {saved_seconds:.2f} s per request"
-            yield f"many requests: {best_trained.name} saves {saved}"
-    if not trained and not chosen.arm.examples:
-        yield "training: none was tried"
-    if target is not None and chosen.score.value < target:
-        yield f"a target below {target:g}: {chosen.name} has {chosen.score.value:.3f}"
+def _iter_caveats(decision: Decision, seeds: int) -> Iterator[str]:
+    if decision.needed_items is not None:
+        yield f"{decision.needed_items:,} items to judge on would decide, if the estimates stay"
+    elif decision.conclusion == "undecided" and not decision.untried:
+        yield "the estimates lie on the margin or the target: more items would hardly decide"
+    if seeds == 1:
+        yield "trained once: the intervals do not cover seed-to-seed variation"
+    if decision.conclusion == "nothing":
+        best = max(decision.options, key=lambda option: option.score.value)
+        yield f"try another base model: the best here is {best.arm.name}, {best.score.value:.3f}"

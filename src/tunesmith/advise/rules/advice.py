@@ -23,6 +23,7 @@ from tunesmith.advise.rules.facts import (
 from tunesmith.advise.rules.rubric import (
     APPROACHES,
     MAX_PROMPT_BYTES,
+    MAX_PROMPT_TOKENS,
     MIN_EXAMPLES,
     MIN_MONTHLY_REQUESTS,
     MIN_PAIRS,
@@ -112,9 +113,9 @@ def apply_rules(requirements: Requirements) -> tuple[ApproachesByNeed, tuple[Rul
     """Return the approaches for each need, and all results that concern one of the needs."""
     reasons: list[RuleResult] = []
     for rule in RULES:
-        reason = rule(requirements)
+        reason = rule.apply(requirements)
         if reason is not None and set(reason.needs) & set(requirements.need):
-            reasons.append(dataclasses.replace(reason, rule=rule.__name__))
+            reasons.append(reason)
     approaches_by_need: ApproachesByNeed = {}
     for need in requirements.need:
         recommended: set[Approach] = set()
@@ -178,6 +179,10 @@ NEXT_STEPS: dict[Approach, tuple[str, str]] = {
         "from it are measured",
         "advise --measure {recipe} --documents FOLDER",
     ),
+    "another base": (
+        "measure another base model on the same items",
+        "advise --measure {recipe} --model ORG/NAME",
+    ),
     "cpt": ("put the texts into a folder, and hold some out", "plan {recipe} --stage cpt"),
     "sft": ("put the rows into a file, and hold some out", "data check {recipe}"),
     "preference": (
@@ -206,10 +211,11 @@ def _describe_next_step(
 # fact, value, the needs for which crossing it may change the advice
 THRESHOLDS: tuple[tuple[str, int, tuple[Need, ...]], ...] = (
     ("raw_text", MAX_PROMPT_BYTES + 1, ("facts",)),
-    ("raw_text", MIN_TEXT_BYTES, ("domain",)),
+    ("raw_text", MIN_TEXT_BYTES, ("domain", "translation")),
+    ("context", MAX_PROMPT_TOKENS + 1, ("long-context",)),
     ("paraphrases", MIN_PARAPHRASES, ("facts",)),
     ("examples", MIN_EXAMPLES, NEEDS),
-    ("pairs", MIN_PAIRS, ("tone", "skill")),
+    ("pairs", MIN_PAIRS, ("tone", "skill", "safety")),
     ("requests_month", MIN_MONTHLY_REQUESTS, ("latency",)),
 )
 # fact -> value, label
@@ -217,6 +223,8 @@ ALTERNATIVES: dict[str, dict[Any, str]] = {
     "facts_change": {"never": "never", "weekly": "weekly"},
     "prompt": {quality: quality for quality in PROMPT_QUALITIES},
     "private": {True: "yes", False: "no"},
+    "base_language": {False: "no"},
+    "base_at_chance": {True: "yes"},
 }
 
 

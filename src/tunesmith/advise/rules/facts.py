@@ -16,7 +16,19 @@ from typing import Any, Literal, cast, get_args
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
 
-Need = Literal["facts", "format", "tone", "latency", "domain", "skill"]
+Need = Literal[
+    "facts",
+    "format",
+    "tone",
+    "latency",
+    "domain",
+    "skill",
+    "safety",
+    "on-device",
+    "translation",
+    "long-context",
+    "tool-calling",
+]
 ChangeFrequency = Literal["never", "yearly", "monthly", "weekly", "daily"]
 PromptQuality = Literal["untried", "bad", "close", "good"]
 
@@ -30,6 +42,9 @@ NEED_ALIASES: dict[str, Need] = {
     **dict.fromkeys(("cost", "speed", "price"), "latency"),
     **dict.fromkeys(("language", "vocabulary", "jargon"), "domain"),
     **dict.fromkeys(("reasoning", "task"), "skill"),
+    **dict.fromkeys(("tools", "function-calling", "tool-use"), "tool-calling"),
+    **dict.fromkeys(("edge", "mobile"), "on-device"),
+    **dict.fromkeys(("refusals", "moderation"), "safety"),
 }
 MAX_COUNT = 10**15
 
@@ -47,6 +62,12 @@ class Requirements:
     prompt: PromptQuality | None = None  # of the best prompt so far
     requests_month: int | None = None
     private: bool | None = None  # the text is confidential to some users of the model
+    context: int | None = None  # tokens of the longest request
+    base_context: int | None = None  # tokens that the base model accepts
+    params: int | None = None  # of the base model
+    device_memory: int | None = None  # bytes for the model
+    base_language: bool | None = None  # the base model knows the language
+    base_at_chance: bool | None = None  # its choices by likelihood are no better than chance
 
 
 @dataclass(frozen=True)
@@ -129,6 +150,13 @@ def _parse_bytes(value: Any) -> int:
     return _parse_count(round(float(match[1]) * 1000**exponent))
 
 
+def _parse_params(value: Any) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([mb])", str(value).strip().lower(), re.ASCII)
+    if match is None:
+        raise ValueError(f"{str(value)!r:.60} is no model size; write 135M or 7B")
+    return _parse_count(round(float(match[1]) * {"m": 10**6, "b": 10**9}[match[2]]))
+
+
 def _parse_bool(value: Any) -> bool:
     values = {"yes": True, "true": True, "no": False, "false": False}
     if (word := str(value).lower()) not in values:
@@ -149,13 +177,19 @@ def _describe_unknown(
 FACTS: dict[str, Fact] = {
     "need": Fact(_parse_needs),
     "facts_change": Fact(_make_choice_parser(CHANGE_FREQUENCIES), ("facts",)),
-    "raw_text": Fact(_parse_bytes, ("facts", "domain")),
+    "raw_text": Fact(_parse_bytes, ("facts", "domain", "translation")),
     "paraphrases": Fact(_parse_count, ("facts",)),
     "examples": Fact(_parse_count),
-    "pairs": Fact(_parse_count, ("tone", "skill")),
+    "pairs": Fact(_parse_count, ("tone", "skill", "safety")),
     "prompt": Fact(_make_choice_parser(PROMPT_QUALITIES)),
     "requests_month": Fact(_parse_count, ("latency",)),
     "private": Fact(_parse_bool),
+    "context": Fact(_parse_count, ("long-context",)),
+    "base_context": Fact(_parse_count, ("long-context",)),
+    "params": Fact(_parse_params, ("on-device", "latency")),
+    "device_memory": Fact(_parse_bytes, ("on-device", "latency")),
+    "base_language": Fact(_parse_bool),
+    "base_at_chance": Fact(_parse_bool),
 }
 
 

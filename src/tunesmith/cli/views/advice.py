@@ -10,12 +10,22 @@ from rich.text import Text
 from tunesmith.advise.rules.advice import Advice, Counterfactual
 from tunesmith.advise.rules.rubric import TRAINING_APPROACHES, RuleResult
 
-APPROACH_NAMES = {"cpt": "continued pretraining", "sft": "SFT", "preference": "preference training"}
+APPROACH_NAMES = {
+    "cpt": "continued pretraining",
+    "sft": "SFT",
+    "preference": "preference training",
+    "another base": "another base model",
+}
 ASSUMED_VALUES = {
     "prompt": "untried",
     "facts_change": "often",
     "requests_month": "enough",
     "private": "no",
+    "base_language": "yes",
+    "base_at_chance": "no",
+    "context": "short",
+    **dict.fromkeys(("base_context", "device_memory"), "enough"),
+    "params": "few",
 }
 
 

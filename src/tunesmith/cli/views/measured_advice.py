@@ -10,7 +10,7 @@ from rich.text import Text
 
 from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
 from tunesmith.advise.measured.run_arm import ArmResult
-from tunesmith.advise.measured.verdict import ArmRow, Decision
+from tunesmith.advise.measured.verdict import Decision
 from tunesmith.cli.output import escape_markup, write_stderr
 from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table
@@ -22,6 +22,13 @@ HEADLINES = {
     "sft": "Fine-tune",
     "nothing": "Neither: nothing that was tried solves the task",
 }
+APPROACH_NAMES = {
+    "prompt": "prompt",
+    "constrained decoding": "constrained decoding",
+    "retrieval": "retrieval",
+    "sft": "LoRA",
+}
+UNTRIED_NAMES = {"prompt": "prompts", "constrained decoding": "the schema", "sft": "training"}
 
 
 def report_experiment(event: ExperimentStart | ArmResult | MeasuredAdvice) -> RenderableType | None:
@@ -53,66 +60,78 @@ def render_measured_advice(advice: MeasuredAdvice) -> RenderableType:
     decision = advice.decision
     parts: list[RenderableType] = [
         Text(_format_headline(advice), "bold"),
-        _format_reason(decision),
+        _format_split(decision),
+        _render_options(advice),
         _render_arms(advice),
     ]
     parts += [Text(line) for line in _iter_notes(advice)]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    sections = (("note", decision.caveats), ("would change if", decision.counterfactuals))
-    for label, lines in sections:
-        for number, line in enumerate(lines):
-            table.add_row(Text(label if number == 0 else "", "bold"), Text(line))
+    for number, line in enumerate(decision.caveats):
+        table.add_row(Text("note" if number == 0 else "", "bold"), Text(line))
     return Group(*parts, table)
 
 
 def _format_headline(advice: MeasuredAdvice) -> str:
-    if advice.decision.conclusion == "undecided":
-        untried = " and ".join(advice.decision.untried_kinds)
-        return f"Not decided yet: no time for {untried}"
-    return HEADLINES[advice.decision.conclusion]
+    decision = advice.decision
+    if decision.conclusion != "undecided":
+        return HEADLINES[decision.conclusion]
+    if decision.untried:
+        names = [UNTRIED_NAMES.get(name, name) for name in decision.untried]
+        return f"Undecided: no time for {' and '.join(names)}"
+    if decision.needed_items is None:
+        return "Undecided: too close to the margin or the target"
+    return f"Undecided: {decision.needed_items:,} items to judge on would decide"
 
 
-def _format_reason(decision: Decision) -> Text:
-    row = decision.chosen
-    best = decision.best
-    interval = f"[{row.score.low:.3f}, {row.score.high:.3f}]"
-    score = f"{row.name}: {row.score.metric} {row.score.value:.3f} {interval}"
-    if row is best or not row.difference:
-        return Text(f"{score}, the best, on {decision.items} items")
-    difference, low, high = row.difference
-    gap = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+def _format_split(decision: Decision) -> Text:
     return Text(
-        f"{score}; the best, {best.name}, has {best.score.value:.3f}: {gap}, "
-        f"not significantly worse on {decision.items} items"
+        f"{decision.choosing_items} items chose the arm of each approach, "
+        f"{decision.judging_items} others judge it"
     )
 
 
-def _render_arms(advice: MeasuredAdvice) -> Table:
-    title = f"{advice.metric} on {advice.items} held-out items (95% CI), cheapest first"
-    numbers = ("mean", "prompt tokens", "s/request", "training")
-    columns = ("arm", advice.metric, "mean", "vs best", "prompt tokens", "s/request", "training")
-    table = make_table(title, *columns, numbers=numbers)
-    for row in advice.rows:
-        is_chosen = row.arm == advice.decision.chosen.arm
+def _render_options(advice: MeasuredAdvice) -> Table:
+    decision = advice.decision
+    rule = f"margin {decision.margin:g}" if advice.target is None else f"target {advice.target:g}"
+    title = f"{advice.metric} on {decision.judging_items} items (95% CI), {rule}"
+    columns = ("approach", "arm", "chosen from", advice.metric)
+    names = [APPROACH_NAMES[option.approach] for option in decision.options]
+    table = make_table(title, *columns, *(f"{name} adds" for name in names[1:]), numbers=())
+    for name, option in zip(names, decision.options, strict=True):
+        is_chosen = option.approach == decision.chosen.approach
+        gains = [
+            escape_markup(f"{gain.difference:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]")
+            for gain in option.gains
+        ]
+        padding = [""] * (len(names) - 1 - len(gains))
         table.add_row(
-            Text(row.name, "bold green" if is_chosen else ""),
+            Text(name, "bold green" if is_chosen else ""),
+            option.arm.label,
+            str(option.candidates),
+            format_interval(option.score.value, option.score.low, option.score.high),
+            *padding,
+            *gains,
+        )
+    return table
+
+
+def _render_arms(advice: MeasuredAdvice) -> Table:
+    title = f"All arms: {advice.metric}, mean over wordings or seeds (95% CI)"
+    numbers = ("of", "items", "prompt tokens", "s/request", "training")
+    table = make_table(title, "arm", advice.metric, *numbers, numbers=numbers)
+    for row in advice.rows:
+        table.add_row(
+            row.name,
             format_interval(row.score.value, row.score.low, row.score.high),
-            f"{row.mean_score:.3f} of {row.variants}" if row.variants > 1 else "",
-            _format_difference(row),
+            str(row.variants),
+            str(row.score.n),
             f"{row.prompt_tokens:,.0f}",
             f"{row.request_seconds:.2f}",
             f"{row.train_minutes:.1f} min" if row.arm.examples else "",
         )
     return table
-
-
-def _format_difference(row: ArmRow) -> str:
-    if not row.difference:
-        return "best"
-    difference, low, high = row.difference
-    return escape_markup(f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 
 def _iter_notes(advice: MeasuredAdvice) -> Iterator[str]:

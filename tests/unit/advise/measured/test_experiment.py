@@ -65,6 +65,8 @@ def make_recipe(model: Path, folder: Path, **changed: Any) -> Recipe:
     return make_tiny_recipe(model, folder, **(values | changed))
 
 
+REPEATED: dict[str, Any] = {"eval_data": "training rows"}
+FEW: dict[str, Any] = {"eval_data": "five rows"}
 TEXTS: dict[str, Any] = {
     "stage": "cpt",
     "batch_size": "auto",
@@ -100,9 +102,7 @@ def test_an_interrupted_experiment_continues_to_a_decision(writer: Path, tmp_pat
     assert results[0] == zero_shot, "loaded from the folder, with its seconds"
     assert isinstance(advice, MeasuredAdvice)
     assert (advice.metric, advice.items, advice.training_rows) == ("exact_match", 20, 30)
-    assert advice.decision.conclusion == (
-        "undecided" if advice.decision.untried_kinds else "nothing"
-    ), "the model writes letters"
+    assert advice.decision.conclusion in ("undecided", "nothing"), "the model writes letters"
     assert len(results) + len(advice.skipped) == len(start.arms)
     assert {skipped.reason[:5] for skipped in advice.skipped} <= {"about", "a pro"}
     assert "test.jsonl" not in json.dumps(to_jsonable(advice))
@@ -184,14 +184,12 @@ def test_the_view_shows_the_decision(
         if (view := report_experiment(event)) is not None:
             Console(width=120).print(view)
     decision = to_jsonable(advice)["decision"]
-    assert (decision["conclusion"], decision["untried_kinds"]) == (
-        "undecided",
-        ["prompts", "training"],
-    ), "--json has it too"
+    assert (decision["conclusion"], decision["untried"]) == ("undecided", ["sft"]), "--json too"
     output = capsys.readouterr()
-    assert output.out.startswith("Not decided yet: no time for prompts and training")
+    assert output.out.startswith("Undecided: no time for training")
     assert "zero-shot" in output.out
-    assert "a target below 0.5" in output.out
+    assert "6 items chose the arm of each approach, 14 others judge it" in output.out
+    assert "target 0.5" in output.out
     assert "20 of 22 items, " in output.err
 
 
@@ -220,16 +218,34 @@ def test_rows_held_out_for_the_test_are_reported(
         ({"response_schema": "no.json"}, {}, "schema"),
         ({}, {"minutes": 0}, "must be a positive number"),
         ({}, {"minutes": float("nan")}, "must be a positive number"),
-        ({}, {"target": 1.5}, "between 0 and 1"),
+        ({}, {"target": 90}, "between 0 and 1, not 90"),
+        ({}, {"margin": 10}, "between 0 and 1, not 10"),
+        (REPEATED, {}, "are also in data"),
+        (FEW, {}, "5 rows have a question and an answer; at least 9 are needed"),
         ({}, {"metric": "bleu"}, "unknown metric 'bleu'"),
         ({}, {"documents": "nowhere"}, "nowhere"),
         (TEXTS, {}, "stage: cpt has no questions"),
     ],
-    ids=["items", "schema", "minutes", "no number", "target", "metric", "documents", "stage"],
+    ids=[
+        "items",
+        "schema",
+        "minutes",
+        "no number",
+        "target",
+        "margin",
+        "trained",
+        "few",
+        "metric",
+        "documents",
+        "stage",
+    ],
 )
 def test_unusable_options_are_refused(
     changed: dict[str, Any], options: dict[str, Any], message: str, writer: Path, tmp_path: Path
 ) -> None:
+    if changed in (REPEATED, FEW):
+        rows = build_sum_rows(1, 12) if changed is REPEATED else build_sum_rows(100, 5)
+        changed = {"eval_data": str(write_rows(tmp_path / "items.jsonl", rows))}
     if changed is TEXTS:
         texts = [
             str(write_rows(tmp_path / f"{n}.jsonl", [{"text": f"{n}{n} texts"}] * 2)) for n in "abc"

@@ -36,6 +36,9 @@ def read_facts(**facts: Any) -> Requirements:
         ({"need": "domain", "raw_text": "1.5MB"}, "raw_text", 1_500_000),
         ({"need": "domain", "raw-text": 7}, "raw_text", 7),
         ({"need": "tone", "private": "yes"}, "private", True),
+        ({"need": "tools"}, "need", ("tool-calling",)),
+        ({"need": "on-device", "params": "1.5B"}, "params", 1_500_000_000),
+        ({"need": "on-device", "device_memory": "8GB"}, "device_memory", 8_000_000_000),
         ({"need": "tone", "--private": "true"}, "private", True),
         ({"need": "tone", "private": None}, "private", None),
         ({"need": "facts", "facts_change": "Daily"}, "facts_change", "daily"),
@@ -50,7 +53,7 @@ def test_values_are_parsed(facts: dict[str, Any], name: str, value: Any) -> None
     [
         ({}, r"advise: 'need' is missing"),
         ({"need": "tome"}, r"argument need: unknown need 'tome'; did you mean 'tone'"),
-        ({"need": "xyzzy"}, r"choose from facts, format, tone, latency, domain, skill"),
+        ({"need": "xyzzy"}, r"choose from facts, format, tone, latency, domain, skill, safety"),
         ({"need": ","}, r"no need is named"),
         ({"need": "tone", "exampels": 3}, r"unknown fact 'exampels'; did you mean 'examples'"),
         ({"need": "tone", "--examples": "-5"}, r"^--examples: -5 is negative"),
@@ -62,6 +65,7 @@ def test_values_are_parsed(facts: dict[str, Any], name: str, value: Any) -> None
             {"need": "domain", "raw_text": "many"},
             r"'many' is not a whole number; write a size as 300KB",
         ),
+        ({"need": "on-device", "params": 7}, r"'7' is no model size; write 135M or 7B"),
         ({"need": "tone", "private": "maybe"}, r"'maybe' is neither yes nor no"),
         ({"need": "tone", "raw_text": 1, "raw-text": 2}, r"duplicate fact 'raw_text'"),
         (
@@ -191,7 +195,7 @@ def test_the_view_shows_reasons_objections_and_counterfactuals() -> None:
     Console(file=text, width=400).print(render_advice(advice))
     output = text.getvalue()
     assert output.startswith("Fine-tune: prompt, retrieval, SFT\n")
-    assert "(Ovadia 2023; published)" in output
+    assert "(Ovadia 2023 (2312.05934); published)" in output
     assert "training of any kind, for facts" in output
     assert "prompt: good -> don't fine-tune: prompt" in output
     assert "assumed" in output

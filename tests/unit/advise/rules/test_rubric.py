@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 import re
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from typing import Any, get_args
 
 import pytest
 
-from tunesmith.advise.rules import rubric
 from tunesmith.advise.rules.advice import Advice, advise, apply_rules
 from tunesmith.advise.rules.facts import FACTS, NEEDS, Need, Requirements
 from tunesmith.advise.rules.rubric import (
@@ -23,6 +21,7 @@ from tunesmith.advise.rules.rubric import (
 )
 
 CD = "constrained decoding"
+BASE = "another base"
 
 
 def get_advice(*need: Need, **facts: Any) -> Advice:
@@ -66,6 +65,18 @@ CASES: list[Case] = [
     (("skill",), {"examples": 5000, "prompt": "bad"}, ("sft",)),
     (("skill",), {"examples": 5000}, ("prompt",)),
     (("skill",), {"prompt": "bad"}, ()),
+    (("safety",), {"examples": 300}, ("prompt",)),
+    (("safety",), {"examples": 300, "prompt": "bad", "pairs": 600}, ("sft", "preference")),
+    (("tool-calling",), {"examples": 300}, ("prompt", CD)),
+    (("tool-calling",), {"examples": 300, "prompt": "close"}, (CD, "sft")),
+    (("translation",), {"examples": 300, "prompt": "bad"}, ("sft",)),
+    (("translation",), {"examples": 300, "prompt": "bad", "base_language": False}, (BASE,)),
+    (("long-context",), {"context": 20_000, "examples": 60}, ("prompt",)),
+    (("long-context",), {"context": 200_000, "examples": 60}, ("retrieval",)),
+    (("long-context",), {"context": 20_000, "base_context": 8_192}, (BASE,)),
+    (("on-device",), {"params": 7 * 10**9, "device_memory": 4 * 10**9, "examples": 60}, (BASE,)),
+    (("on-device",), {"params": 10**9, "device_memory": 4 * 10**9, "examples": 60}, ("sft",)),
+    (("skill",), {"examples": 300, "prompt": "bad", "base_at_chance": True}, (BASE, "sft")),
     (
         ("facts", "tone"),
         {"examples": 300, "prompt": "bad", "facts_change": "weekly"},
@@ -94,7 +105,7 @@ def list_reasons(*extra_cases: Case) -> list[RuleResult]:
 
 def test_each_rule_applies_in_some_case() -> None:
     reasons = list_reasons((("tone",), {"examples": 3000, "private": True}, ()))
-    assert {reason.rule for reason in reasons} == {rule.__name__ for rule in RULES}
+    assert {reason.rule for reason in reasons} == {rule.name for rule in RULES}
 
 
 def test_each_recommendation_has_reasons_with_confidence() -> None:
@@ -111,13 +122,14 @@ def test_each_recommendation_has_reasons_with_confidence() -> None:
             assert set(reason.recommended + reason.ruled_out + reason.concerns) <= set(APPROACHES)
 
 
-def test_the_docstring_of_a_rule_cites_its_source_with_the_year() -> None:
-    for reason in list_reasons():
-        text = inspect.getdoc(getattr(rubric, reason.rule)) or ""
-        for source in reason.source.split(", "):
-            assert source.partition(" ")[0] in text, reason.rule
-        if reason.confidence == "published":
-            assert re.search(r"20\d\d|guide|again", text), reason.rule
+def test_a_source_has_its_year_and_no_number_from_a_discarded_run() -> None:
+    for rule in RULES:
+        if rule.confidence in ("published", "extrapolated"):
+            assert re.search(r"20\d\d.*\(\d{4}\.\d{5}\)", rule.source), rule.name
+        assert "58%" not in rule.explanation
+        assert "Mosbach" not in rule.source, "out-of-domain classification says nothing of format"
+    (facts,) = [rule for rule in RULES if rule.name == "cite_distinct_facts"]
+    assert "1, 2 and 5 of 60" in facts.explanation
 
 
 # ---------------------------------------------------------------- what would change it
@@ -147,12 +159,12 @@ def test_every_fact_can_change_the_advice() -> None:
     for need, case_facts, _ in CASES:
         conditions = list_changes(*need, **case_facts)
         changing.update(text.partition(":")[0].replace(" ", "_") for text in conditions)
-    assert changing == facts
+    assert changing == facts - {"base_context", "params", "device_memory"}  # the user's numbers
     assert set(FACTS) == facts | {"need"}
 
 
 def list_combinations() -> Iterator[tuple[tuple[Need, ...], str | None, int | None]]:
-    for count in (1, 2, 3):
+    for count in (1, 2):
         yield from itertools.product(
             itertools.combinations(NEEDS, count), (None, "bad", "close", "good"), (None, 0, 300)
         )
