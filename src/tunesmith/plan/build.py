@@ -60,6 +60,7 @@ from tunesmith.plan.step_memory import (
     estimate_step_memory,
     has_enough_memory,
 )
+from tunesmith.plan.unusual import list_unusual
 from tunesmith.recipe.fields import Constraint
 from tunesmith.recipe.metric_limits import refuse_useless_limits
 from tunesmith.recipe.schema import KEYS, Recipe
@@ -375,7 +376,7 @@ def refuse_if_too_large(plan: Plan) -> None:
 
 
 def _collect_warnings(context: RuleContext, data: Mapping[str, DataReport]) -> list[str]:
-    warnings: list[str] = []
+    warnings = list(list_unusual(context))
     is_rate_by_rule = context.settings["learning_rate"].decided_by != "user"
     if is_rate_by_rule and context.model.parameters < 1e9 and context["method"] != "full":
         advice = "`tunesmith tune lr` tries five"

@@ -272,3 +272,20 @@ def test_experts_cost_what_a_token_meets(plan: Planner) -> None:
     sparse = plan(**sizes, active_parameters=3 * 10**9, num_experts=128, num_experts_per_token=8)
     assert estimate_run_flops(sparse) < 0.2 * estimate_run_flops(dense)
     assert sparse.memory_bytes["weights"] <= dense.memory_bytes["weights"]
+
+
+@pytest.mark.parametrize(
+    ("wishes", "warning"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate 0.5: 10 times the rule or more"),
+        ({"lora_r": 2000}, "lora_r 2000: above the hidden size of 576"),
+        ({"num_train_epochs": 80}, "num_train_epochs 80: each row is repeated"),
+        ({"warmup_ratio": 0.9}, "warmup_ratio 0.9: most of the run"),
+        ({"weight_decay": 0.9}, "weight_decay 0.9: usual are 0 to 0.1; the rule gives 0"),
+        ({"lora_dropout": 0.9}, "lora_dropout 0.9: usual are"),
+    ],
+)
+def test_absurd_values_are_warned_of(plan: Planner, wishes: dict[str, Any], warning: str) -> None:
+    assert any(each.startswith(warning) for each in plan(wishes).warnings)
+    usual = plan({"learning_rate": 1e-3, "lora_r": 64, "num_train_epochs": 3}).warnings
+    assert not any("the rule gives" in each for each in usual)
