@@ -1,12 +1,12 @@
-"""Measure how often the detectors of shortcuts speak of healthy answers, and find injected ones.
+"""Measure how often the detector of constants speaks of healthy answers, and finds injected ones.
 
     python -m benchmarks.evaluate.shortcuts [--repeats 40] [--seed 0]
 
 Out: the tables of docs/results/shortcuts.md. Ten healthy tasks: objects with flags, enums and free
 fields, labels of equal and unequal frequency, numbers, names, extracts of the prompt, rewritten
 texts. A healthy model is right in a share of the items; its errors are drawn from the expected
-answers of other items, or, if it is biased, from the most frequent ones. The injected shortcuts
-replace a field or the answer by a constant, by a part of the prompt, or by a training answer.
+answers of other items, or, if it is biased, from the most frequent ones. A constant
+replaces a field or the answer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from tunesmith.core.events import GenerationSample
 from tunesmith.core.evidence import TrainingValues
@@ -23,14 +23,12 @@ from tunesmith.core.types import Json
 from tunesmith.evaluate.shortcuts import (
     AnswerItem,
     build_answer_items,
-    find_shortcuts,
-    find_suspects,
+    find_constants,
 )
 from tunesmith.evaluate.training_answers import build_training_values
 
 SIZES = (16, 64, 80, 400)
 ACCURACIES = (0.3, 0.6, 0.9)
-READY_ACCURACIES = (0.9, 0.97)  # of models that a suspicion keeps from being ready
 TRAINING_ROWS = 260
 WORDS = [
     a + b
@@ -152,12 +150,11 @@ def pick_value(
     return chance.choice(others)
 
 
-def detect_kinds(
+def detect_fields(
     items: Sequence[Item], answers: Sequence[Answer], training: TrainingValues
-) -> set[tuple[str, str]]:
-    """Return (kind, field) of the shortcuts in these answers."""
-    shortcuts, _ = find_shortcuts(pair_items(items, answers), training)
-    return {(shortcut.kind, shortcut.field) for shortcut in shortcuts}
+) -> set[str]:
+    """Return the fields of the constants in these answers."""
+    return {shortcut.field for shortcut in find_constants(pair_items(items, answers), training)}
 
 
 def pair_items(items: Sequence[Item], answers: Sequence[Answer]) -> list[AnswerItem]:
@@ -183,26 +180,12 @@ def count_false_alarms(task: str, size: int, repeats: int, seed: int) -> tuple[i
         for accuracy in ACCURACIES:
             for is_biased in (False, True)[: 1 if accuracy < 0.5 else 2]:
                 answers = answer_items(items, accuracy, is_biased, chance)
-                alarms += bool(detect_kinds(items, answers, training))
+                alarms += bool(detect_fields(items, answers, training))
                 total += 1
     return alarms, total
 
 
-def count_false_suspicions(task: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
-    """Return (evaluations of good models with a suspected constant, evaluations)."""
-    suspicions = total = 0
-    for repeat in range(repeats):
-        chance = random.Random(f"{task} {size} {repeat} {seed} suspected")
-        items = [TASKS[task](chance) for _ in range(size)]
-        for accuracy in READY_ACCURACIES:
-            for is_biased in (False, True):
-                answers = answer_items(items, accuracy, is_biased, chance)
-                suspicions += bool(find_suspects(pair_items(items, answers), None))
-                total += 1
-    return suspicions, total
-
-
-# ---------------------------------------------------------------- injected shortcuts
+# ---------------------------------------------------------------- injected constants
 
 
 def inject_constant(items: Sequence[Item], answers: list[Answer], name: str) -> list[Answer]:
@@ -228,33 +211,16 @@ INJECTED_CONSTANTS = (
 )
 
 
-def iter_injected(
-    task: str, name: str, size: int, repeats: int, seed: int
-) -> Iterator[tuple[Sequence[Item], list[Answer], bool]]:
-    """Yield items, answers with an injected constant, and whether it is detected."""
+def count_constants(task: str, name: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
+    """Return (times that the injected constant was detected, times)."""
+    detected = 0
     for repeat in range(repeats):
         chance = random.Random(f"{task} {name} {size} {repeat} {seed}")
         _, training = read_training(task, chance)
         items = [TASKS[task](chance) for _ in range(size)]
         answers = inject_constant(items, answer_items(items, 0.9, False, chance), name)
-        yield items, answers, ("constant", name) in detect_kinds(items, answers, training)
-
-
-def count_constants(task: str, name: str, size: int, repeats: int, seed: int) -> tuple[int, int]:
-    """Return (times that the injected constant was detected, times)."""
-    cases = iter_injected(task, name, size, repeats, seed)
-    return sum(is_detected for _, _, is_detected in cases), repeats
-
-
-def count_constants_noticed(
-    task: str, name: str, size: int, repeats: int, seed: int
-) -> tuple[int, int]:
-    """Return (times that the injected constant was detected or suspected, times)."""
-    noticed = 0
-    for items, answers, is_detected in iter_injected(task, name, size, repeats, seed):
-        suspects = find_suspects(pair_items(items, answers), None)
-        noticed += is_detected or name in [suspect.field for suspect in suspects]
-    return noticed, repeats
+        detected += name in detect_fields(items, answers, training)
+    return detected, repeats
 
 
 def print_table(title: str, rows: Sequence[tuple[str, list[tuple[int, int]]]]) -> None:
@@ -277,15 +243,6 @@ def main() -> None:
         counts = [count_constants(task, name, size, *counting) for size in SIZES]
         rows.append((f"{task}: {name or 'the answer'}", counts))
     print_table("injected constant", rows)
-    rows = [
-        (task, [count_false_suspicions(task, size, *counting) for size in SIZES]) for task in TASKS
-    ]
-    print_table("healthy task: suspected constant", rows)
-    rows = []
-    for task, name in INJECTED_CONSTANTS:
-        counts = [count_constants_noticed(task, name, size, *counting) for size in SIZES]
-        rows.append((f"{task}: {name or 'the answer'}", counts))
-    print_table("injected constant: detected or suspected", rows)
 
 
 if __name__ == "__main__":

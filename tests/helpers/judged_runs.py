@@ -15,7 +15,7 @@ from tunesmith.core.evidence import (
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.run_verdict import judge_run
 
-CONSTANT = Shortcut("constant", "flag", "false", 80, 80, 50, 1e-6, 9, 90, ("t:1",))
+CONSTANT = Shortcut("flag", "false", 80, 80, 50, 1e-6, 9, 90, ("t:1",))
 
 
 def make_errors(right: int, n: int = 80, before: int = 0, **changes: Any) -> ErrorAnalysis:

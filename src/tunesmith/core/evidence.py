@@ -1,9 +1,9 @@
-"""What a run's answers show: where they are wrong, shortcuts that they take, and the verdict.
+"""What a run's answers show: where they are wrong, constants, floors, and the verdict.
 
 In: nothing; these are the plain values that evaluate/ computes and that record.json, the terminal,
 the model card and the page read. All are bounded: a table has at most MAX_GROUPS groups, a group at
 most MAX_GROUP_ROWS row ids, and names and values of strangers are shortened. Left out: computing
-them (evaluate/error_analysis.py, shortcuts.py, run_verdict.py)."""
+them (evaluate/error_analysis.py, floors.py, shortcuts.py, run_verdict.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ MAX_GROUPS = 30  # of a table; the worst ones
 MAX_GROUP_ROWS = 20  # row ids of a group or a shortcut
 
 VerdictName = Literal["ready", "useful, not ready", "no effect", "harmful", "not measured"]
-ShortcutKind = Literal["constant"]
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,11 @@ class TrainingValues:
 
 @dataclass(frozen=True)
 class Shortcut:
-    """A field or answer that follows something else than the question.
+    """A field or answer that is nearly always the same, although others are expected:
+    `count` of `n` answers are, `expected` should be. `field` is empty for the answer."""
 
-    `count` of `n` answers do; `expected` of the expected answers do. `field` is empty for the
-    answer itself."""
-
-    kind: ShortcutKind
     field: str
-    value: str  # that a constant has
+    value: str
     n: int
     count: int
     expected: int
@@ -90,11 +86,8 @@ class Shortcut:
 
     @property
     def description(self) -> str:
-        """Describe the answers, the expected ones, and the training rows."""
         subject = f"{self.field} is" if self.field else "the answer is"
-        value = self.kind
-        if self.kind == "constant":
-            value = self.value or "empty"
+        value = self.value or "empty"
         text = f"{subject} {value} in {self.count} of {self.n} answers, expected in {self.expected}"
         if self.training_rows is None or self.total_rows is None:
             return text
@@ -102,11 +95,25 @@ class Shortcut:
         rows = f"{self.training_rows:,} of {self.total_rows:,} training rows"
         return f"{text}; {rows} {have} another value"
 
+
+@dataclass(frozen=True)
+class Floor:
+    """What a rule without a model reaches on the same items, and the model's lead (paired CI)."""
+
+    name: str
+    value: float
+    n: int
+    lead: float
+    low: float
+    high: float
+    is_beaten: bool
+
     @property
-    def suspicion(self) -> str:
-        """Describe a constant that too few rows can show."""
-        doubt = "too few test rows expect another value to tell"
-        return f"may be a constant: {self.description}; {doubt}"
+    def description(self) -> str:
+        own = self.value + self.lead
+        return (
+            f"{self.name}, {own:.3f} against {self.value:.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        )
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,8 @@ class ErrorAnalysis:
     tables: tuple[ErrorTable, ...] = ()
     confusions: tuple[Confusion, ...] = ()
     shortcuts: tuple[Shortcut, ...] = ()
-    suspects: tuple[Shortcut, ...] = ()  # constants that too few rows can show
-    checked: tuple[ShortcutKind, ...] = ()  # shortcuts that were looked for
+    floors: tuple[Floor, ...] = ()
+    floors_note: str = ""  # why some are missing
     training: TrainingValues | None = None
 
     @model_validator(mode="after")

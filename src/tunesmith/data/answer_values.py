@@ -110,9 +110,9 @@ class ValueCounts:
         if fields is not None:
             self.num_objects += 1
         for name, value in (fields or {ANSWER: normalize_answer(text)}).items():
-            self._count_value(name, value)
+            self.add_value(name, value)
 
-    def _count_value(self, name: str, value: str) -> None:
+    def add_value(self, name: str, value: str) -> None:
         if name not in self.counts:
             if len(self.counts) >= MAX_FIELDS:
                 return

@@ -7,8 +7,8 @@ n and a 95% CI, and the ids of its first wrong rows. Tables hold the worst group
 analysis stays small whatever the answers are.
 
 In: EvalResults of a model, and of the model before training on the same items. Out: ErrorAnalysis,
-or None where no answer was graded. Left out: what to conclude (run_verdict.py), shortcuts
-(shortcuts.py).
+or None where no answer was graded. Left out: what to conclude (run_verdict.py), constants
+(shortcuts.py), floors (floors.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from tunesmith.core.evidence import (
 )
 from tunesmith.core.types import Comparison, Plan
 from tunesmith.data.answer_values import ANSWER, MAX_NAME_CHARS, shorten
+from tunesmith.data.training_rows import TrainingRow, read_training_rows
 from tunesmith.evaluate.custom_metric import format_metric_name
+from tunesmith.evaluate.floors import measure_floors
 from tunesmith.evaluate.goals import HELD_OUT_TASK
 from tunesmith.evaluate.metrics import METRICS, split_metric
 from tunesmith.evaluate.pairing import map_shared_samples
@@ -42,13 +44,12 @@ from tunesmith.evaluate.results import (
 from tunesmith.evaluate.shortcuts import (
     AnswerItem,
     build_answer_items,
-    find_shortcuts,
-    find_suspects,
+    find_constants,
 )
 from tunesmith.evaluate.statistics import compute_wilson_interval
 from tunesmith.evaluate.training_answers import (
     MAX_CATEGORIES,
-    read_training_values,
+    build_training_values,
 )
 
 if TYPE_CHECKING:
@@ -113,10 +114,10 @@ def analyze_run_errors(
     before: EvalResults | None, after: EvalResults, plan: Plan, inputs: RunInputs
 ) -> ErrorAnalysis | None:
     """Analyze the answers of a run's model with what its training rows answer."""
-    training = None
+    rows: tuple[TrainingRow, ...] = ()
     if after.samples and "data" in inputs.datasets:
-        training = read_training_values(inputs.datasets["data"])
-    return analyze_errors(before, after, training, graded_metrics=plan.config.metrics)
+        rows = read_training_rows([inputs.datasets["data"]])
+    return analyze_errors(before, after, rows=rows, graded_metrics=plan.config.metrics)
 
 
 def analyze_errors(
@@ -124,19 +125,23 @@ def analyze_errors(
     after: EvalResults,
     training: TrainingValues | None = None,
     *,
+    rows: Sequence[TrainingRow] = (),
     graded_metrics: Iterable[str] = (),
 ) -> ErrorAnalysis | None:
     """Return what is wrong in `after`; `before` is matched by the content of the items, else by id.
 
-    graded_metrics: the metrics of the recipe, such as functions in a file. None if there is no
-    graded item."""
+    training: the counts of a stored analysis. rows: the training rows, which replace them and are
+    what floors need. graded_metrics: the metrics of the recipe, such as functions in a file. None
+    if there is no graded item."""
     measured = _select_metric(after, map(format_metric_name, graded_metrics))
     if measured is None:
         return None
     metric, parts = measured
     items = _build_items(metric, parts, before, after)
     answer_items = [item.answers for item in items if item.answers is not None]
-    shortcuts, checked = find_shortcuts(answer_items, training)
+    if rows:
+        training = build_training_values((row.answer for row in rows), len(rows))
+    floors, floors_note = measure_floors(metric, parts, answer_items, rows)
     values_before = [item.value_before for item in items]
     pairs = [(item.value_before, item.value) for item in items if item.value_before is not None]
     has_before = bool(items) and None not in values_before
@@ -156,9 +161,9 @@ def analyze_errors(
         mean_before=sum(value for value, _ in pairs) / len(pairs) if has_before else None,
         tables=tuple(table for table in _build_tables(items, training) if table.groups),
         confusions=_count_confusions(answer_items, training),
-        shortcuts=shortcuts,
-        suspects=find_suspects(answer_items, training),
-        checked=checked,
+        shortcuts=find_constants(answer_items, training),
+        floors=floors,
+        floors_note=floors_note,
         training=training,
     )
 

@@ -205,9 +205,7 @@ def suggest_measuring(facts: Facts) -> Iterator[NextStep]:
 def suggest_rows(facts: Facts) -> Iterator[NextStep]:
     """More rows with other values than a constant, where rows have few: few by the limit of `data
     check`, so that the command shows them. Where rows have enough, it is not learned yet."""
-    errors = facts.errors
-    shortcuts = (*errors.shortcuts, *errors.suspects) if errors else ()
-    constants = [each for each in shortcuts if each.kind == "constant"]
+    constants = facts.errors.shortcuts if facts.errors else ()
     constant = next((each for each in constants if not has_other_rows(each)), None)
     if constant is None:
         return

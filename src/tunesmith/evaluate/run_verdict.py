@@ -10,7 +10,8 @@
     no effect           no significant difference in the deciding metric, of no task either, nor in
                         another grade of the content, unless by a constant answer
     useful, not ready   better, but something speaks against using it: see `reasons`
-    ready               better, right often enough, within the limit, no shortcut, nothing worse
+    ready               better, above every floor (floors.py), right often enough, within the
+                        limit, no constant, nothing worse
 
 What was not measured is not within the limit: with retention_data: none a run is never ready,
 unless the recipe says that forgetting does not matter, `guard: {forgetting: off}`.
@@ -81,7 +82,7 @@ VERDICT_LIMITS: dict[str, float] = {
 }
 MAX_REASONS = 6
 MAX_WRONG_GROUPS = 3
-MAX_SUSPECTS = 2
+MAX_UNBEATEN = 2
 MIN_TRUNCATED_SHARE = 0.1  # of the answers, to be a reason
 FORGETTING_UNKNOWN = (
     "forgetting was not measured (retention_data: none): use built-in, or guard: {forgetting: off} "
@@ -259,8 +260,8 @@ def _list_reasons(
     reasons = [end] if (end := describe_end(record)) else []
     if errors is not None:
         for shortcut in errors.shortcuts:
-            label = shortcut.kind
-            reasons.append(f"{label}: {shortcut.description}")
+            reasons.append(f"constant: {shortcut.description}")
+        reasons += _list_unbeaten(errors)
     for comparison, verdict in judged:
         if verdict == "worse" and comparison.task != GENERAL_TASK:
             values = f"{comparison.before.value:.3f} -> {comparison.after.value:.3f}"
@@ -274,8 +275,6 @@ def _list_reasons(
         if level_problem:
             reasons += [level_problem, *_list_wrong_parts(errors, deciding)]
     reasons += _list_right_base(errors, deciding)
-    # constants that too few rows can show, so that the level may be theirs
-    reasons += [suspect.suspicion for suspect in errors.suspects[:MAX_SUSPECTS]] if errors else []
     reasons += _list_repeated_rows(record.plan)
     reasons += _list_side_gains(judged, deciding, record.plan)
     return [*reasons, *_list_forgetting(record)]
@@ -293,6 +292,13 @@ def _list_forgetting(record: RunRecord) -> list[str]:
         return []
     may = "lost" if general.low > margin else "may have lost"
     return [f"general text {may} more than the limit of {margin:g} bits per byte"]
+
+
+def _list_unbeaten(errors: ErrorAnalysis) -> list[str]:
+    """Return the floors that the answers are not shown to be above, the highest first."""
+    floors = sorted(errors.floors, key=lambda floor: -floor.value)
+    unbeaten = [floor.description for floor in floors if not floor.is_beaten]
+    return [f"not shown to beat {text}" for text in unbeaten[:MAX_UNBEATEN]]
 
 
 def _list_repeated_rows(plan: Plan) -> list[str]:

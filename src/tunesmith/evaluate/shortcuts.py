@@ -1,12 +1,11 @@
-"""Detect answers that follow something else than the question: constant answers.
+"""Detect constants: answers, or fields of them, that hardly vary although the expected ones do.
 
-    find_shortcuts(items, training) -> Shortcuts
-    find_suspects(items, training) -> Shortcuts that too few rows can show
+    find_constants(items) -> Shortcuts
 
-An item has an expected and an answered value for each field (of JSON) or for the answer. A detector
-compares how often answers have a property with how often the expected answers have it, item by item
-(exact one-sided McNemar test, Holm-corrected over the fields): what expected answers do as well is
-no shortcut, whatever the task. All thresholds are in SHORTCUT_LIMITS.
+An item has an expected and an answered value for each field (of JSON) or for the answer. Wrong
+answers with the constant value are compared with right ones that lack it, item by item (exact
+one-sided McNemar test, Holm-corrected over the fields). All thresholds are in SHORTCUT_LIMITS. What
+a constant or a copy would have right is a floor (floors.py).
 
 In: AnswerItems, TrainingValues. Out: Shortcuts. Left out: why an answer is wrong otherwise
 (error_analysis.py), when to look (error_analysis.py, train/guard/detectors.py).
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tunesmith.core.events import GenerationSample
-from tunesmith.core.evidence import MAX_GROUP_ROWS, Shortcut, ShortcutKind, TrainingValues
+from tunesmith.core.evidence import MAX_GROUP_ROWS, Shortcut, TrainingValues
 from tunesmith.data.answer_values import ANSWER, normalize_answer, split_fields
 from tunesmith.evaluate.statistics import adjust_p_values, compute_excess_p
 
@@ -66,60 +65,20 @@ def build_answer_items(samples: Sequence[GenerationSample]) -> list[AnswerItem]:
     return [AnswerItem(sample, is_structured) for sample in graded]
 
 
-def find_shortcuts(
-    items: Sequence[AnswerItem], training: TrainingValues | None
-) -> tuple[tuple[Shortcut, ...], tuple[ShortcutKind, ...]]:
-    """Return the shortcuts, and the kinds that were looked for."""
-    if not items:
-        return (), ()
-    constants = find_constants(items)
+def find_constants(
+    items: Sequence[AnswerItem], training: TrainingValues | None = None
+) -> tuple[Shortcut, ...]:
+    """Return the fields whose answer hardly varies although the expected one does, with the
+    training rows that have another value."""
+    constants = _select_significant(_list_candidates(items))[:MAX_SHORTCUTS]
     if training is not None:
-        constants = [_add_training_rows(shortcut, training) for shortcut in constants]
-    return tuple(constants[:MAX_SHORTCUTS]), ("constant",)
-
-
-# ---------------------------------------------------------------- constants
-
-
-def find_constants(items: Sequence[AnswerItem]) -> list[Shortcut]:
-    """Return the fields whose answer hardly varies although the expected one does."""
-    return _select_significant(_list_candidates(items))
+        constants = [_add_training_rows(constant, training) for constant in constants]
+    return tuple(constants)
 
 
 def has_suspect(items: Sequence[AnswerItem]) -> bool:
     """Return whether a field may be constant, so that more answers could show it."""
     return any(p_value <= SUSPECT_P for _, p_value in _list_candidates(items))
-
-
-def find_suspects(
-    items: Sequence[AnswerItem], training: TrainingValues | None
-) -> tuple[Shortcut, ...]:
-    """Return what may be a constant, where too few rows expect another value to show it.
-
-    Answers that are no objects may be one even if all rows expect it: those rows show no more."""
-    if not items:
-        return ()
-    shown = {shortcut.field for shortcut in find_constants(items)}
-    suspects = _find_constant_answer(items)
-    if items[0].is_structured:
-        suspects = [each for each, p_value in _list_candidates(items) if p_value <= SUSPECT_P]
-    suspects = [suspect for suspect in suspects if suspect.field not in shown]
-    if training is not None:
-        suspects = [_add_training_rows(suspect, training) for suspect in suspects]
-    return tuple(suspects[:MAX_SHORTCUTS])
-
-
-def _find_constant_answer(items: Sequence[AnswerItem]) -> list[Shortcut]:
-    """Return the most frequent answer, if it hardly varies and a constant is right as often."""
-    expected = [normalize_answer(item.sample.expected) for item in items]
-    answered = [normalize_answer(item.sample.answer) for item in items]
-    value, count = Counter(answered).most_common(1)[0]
-    right = sum(map(str.__eq__, expected, answered))
-    has_few_values = count >= SHORTCUT_LIMITS["constant: answered share"] * len(items)
-    if not has_few_values or not right or right > Counter(expected).most_common(1)[0][1]:
-        return []
-    num_expected = expected.count(value)
-    return [Shortcut("constant", ANSWER, value, len(items), count, num_expected, 1.0)]
 
 
 def _list_candidates(items: Sequence[AnswerItem]) -> list[tuple[Shortcut, float]]:
@@ -146,7 +105,7 @@ def _count_constant(items: Sequence[AnswerItem], name: str) -> tuple[Shortcut, f
     is_ignoring = len(wrong_rows) >= SHORTCUT_LIMITS["constant: wrong share"] * num_others
     p_value = compute_excess_p(len(wrong_rows), missed) if has_few_values and is_ignoring else 1.0
     rows = tuple(wrong_rows[:MAX_GROUP_ROWS])
-    shortcut = Shortcut("constant", name, value, len(pairs), count, num_expected, 1.0, rows=rows)
+    shortcut = Shortcut(name, value, len(pairs), count, num_expected, 1.0, rows=rows)
     return shortcut, p_value
 
 

@@ -1,4 +1,4 @@
-"""What is still wrong with the answers of a run: tables of errors, confusions and shortcuts.
+"""What is still wrong with the answers of a run: tables of errors, confusions, floors.
 
 In: ReportData. Out: ErrorsView, which errors.html.jinja draws, or None where no answer was graded.
 Left out: counting the errors (evaluate/error_analysis.py).
@@ -60,7 +60,7 @@ class ErrorsView:
     open_table: TableView | None
     tables: tuple[TableView, ...]
     confusions: tuple[Confusion, ...]
-    red_lines: tuple[str, ...]  # constants, shown or suspected
+    red_lines: tuple[str, ...]  # constants, and floors that are not beaten
 
     @property
     def wrong(self) -> int:
@@ -74,12 +74,6 @@ class ErrorsView:
     @property
     def metric(self) -> str:
         return self.analysis.metric.replace("_", " ")
-
-    @property
-    def absent(self) -> str:
-        """The shortcuts that were looked for and are not there."""
-        kinds = {shortcut.kind for shortcut in self.analysis.shortcuts}
-        return ", ".join(f"{kind} answers" for kind in self.analysis.checked if kind not in kinds)
 
 
 def build_errors(run: ReportData) -> ErrorsView | None:
@@ -96,6 +90,7 @@ def build_errors(run: ReportData) -> ErrorsView | None:
             or (open_table.by != table.by)
         ):
             tables.append(_build_table(table))
+    unbeaten = [floor for floor in analysis.floors if not floor.is_beaten]
     return ErrorsView(
         analysis=analysis,
         open_table=open_table,
@@ -103,7 +98,7 @@ def build_errors(run: ReportData) -> ErrorsView | None:
         confusions=analysis.confusions,
         red_lines=(
             *(shortcut.description for shortcut in analysis.shortcuts),
-            *(suspect.suspicion for suspect in analysis.suspects),
+            *(f"not beaten: {floor.description}" for floor in unbeaten[:MAX_OPEN_GROUPS]),
         ),
     )
 

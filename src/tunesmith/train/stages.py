@@ -42,6 +42,7 @@ from tunesmith.core.run_dir import (
 )
 from tunesmith.core.sealed_json import read_sealed_json, seal_json
 from tunesmith.core.types import Json, Plan, PlanValue, RunRecord
+from tunesmith.data.training_rows import read_training_rows
 from tunesmith.evaluate.error_analysis import Evaluation, analyze_errors
 from tunesmith.evaluate.items import EvalItems, build_eval_items
 from tunesmith.evaluate.measure import measure_items
@@ -52,7 +53,6 @@ from tunesmith.evaluate.results import (
     select_sample_pairs,
 )
 from tunesmith.evaluate.run_verdict import judge_run
-from tunesmith.evaluate.training_answers import merge_values
 from tunesmith.model.causal_lm import PackedCausalLM
 from tunesmith.model.machine_errors import machine_errors
 from tunesmith.plan.build import is_compatible, normalize
@@ -304,19 +304,18 @@ def evaluate_stages(
     """Measure the first stage's starting model and the last stage's result again."""
     staged = read_staged_plan(path)
     before, after = _measure_stages(path, staged, allow_code=allow_code, ranks=ranks)
-    records = [read_run_record(stage_dir) for stage_dir in _list_stage_dirs(path, staged)]
-    errors = _analyze_errors(before, after, staged, records)
+    errors = _analyze_errors(path, before, after, staged)
     return Evaluation(compare_results(before, after, step=staged.steps), errors)
 
 
 def _analyze_errors(
-    before: EvalResults, after: EvalResults, staged: StagedPlan, records: Sequence[RunRecord]
+    path: Path, before: EvalResults, after: EvalResults, staged: StagedPlan
 ) -> ErrorAnalysis | None:
-    """Analyze the errors on the test rows of all stages, with the values of all training rows."""
-    values = [record.errors.training for record in records if record.errors]
-    merged = merge_values([each for each in values if each is not None])
+    """Analyze the errors on the test rows of all stages, with all training rows."""
+    stages = [reload_inputs(read_run_plan(each), each) for each in _list_stage_dirs(path, staged)]
+    rows = read_training_rows(stage.datasets["data"] for stage in stages)
     metrics = [metric for plan in staged.plans for metric in plan.config.metrics]
-    return analyze_errors(before, after, merged, graded_metrics=metrics)
+    return analyze_errors(before, after, rows=rows, graded_metrics=metrics)
 
 
 def _measure_stages(
@@ -413,6 +412,6 @@ def _build_record(path: Path, staged: StagedPlan, *, allow_code: bool) -> RunRec
         task_tokens=dict(task_tokens),
         shared_tokens=sum(record.shared_tokens for record in records),
         input_changes=tuple(input_changes),
-        errors=_analyze_errors(before, after, staged, records),
+        errors=_analyze_errors(path, before, after, staged),
     )
     return dataclasses.replace(record, verdict=judge_run(record, path))

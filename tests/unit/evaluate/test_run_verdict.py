@@ -16,6 +16,7 @@ from tunesmith.core.evidence import (
     ErrorAnalysis,
     ErrorGroup,
     ErrorTable,
+    Floor,
 )
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.types import Comparison, PlanValue, RunRecord
@@ -183,17 +184,17 @@ def test_a_gain_in_a_custom_metric_is_named_where_the_deciding_one_shows_none() 
     )
 
 
-def test_a_level_that_a_constant_has_is_not_ready() -> None:
-    suspect = replace(CONSTANT, field="", value="yes", n=80, count=80, expected=76, p_value=1.0)
-    errors = make_errors(76, suspects=(suspect,))
+def test_a_level_that_a_floor_may_have_is_not_ready() -> None:
+    floor = Floor("most frequent answer", 0.9, 80, 0.05, -0.01, 0.11, is_beaten=False)
+    beaten = replace(floor, name="bag of words", value=0.92, is_beaten=True)
+    errors = make_errors(76, floors=(floor, beaten))
     verdict = judge(errors, make_change(0.6), make_general(0.01))
     assert verdict.name == "useful, not ready"
     assert verdict.reasons == (
-        "may be a constant: the answer is yes in 80 of 80 answers, expected in 76; 9 of 90 "
-        "training rows have another value; too few test rows expect another value to tell",
+        "not shown to beat most frequent answer, 0.950 against 0.900 [-0.010, +0.110]",
     )
-    assert verdict.next_steps[0].reason == (
-        "add training rows where the answer is not yes: 9 of 90 now"
+    assert judge(replace(errors, floors=(beaten,)), make_change(0.6), make_general(0.01)).name == (
+        "ready"
     )
 
 

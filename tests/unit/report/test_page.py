@@ -373,7 +373,7 @@ def write_hostile_run(path: Path) -> Path:
             for by in ("field", "task", HOSTILE)
         ),
         confusions=(Confusion(HOSTILE, HOSTILE, HOSTILE, 3),),
-        shortcuts=(Shortcut("constant", HOSTILE, HOSTILE, 9, 9, 4, 0.001, rows=(HOSTILE,)),),
+        shortcuts=(Shortcut(HOSTILE, HOSTILE, 9, 9, 4, 0.001, rows=(HOSTILE,)),),
     )
     verdict = RunVerdict(
         "harmful", HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), (NextStep(HOSTILE, HOSTILE),)

@@ -84,10 +84,9 @@ def render_errors(
     """Show what is wrong with the answers, table by table, and shortcuts first."""
     parts: list[RenderableType] = [Text(_describe_counts(errors, names))]
     for shortcut in errors.shortcuts:
-        label = shortcut.kind
-        line = f"{label}: {shortcut.description} ({', '.join(shortcut.rows[:MAX_ROW_IDS])})"
+        line = f"constant: {shortcut.description} ({', '.join(shortcut.rows[:MAX_ROW_IDS])})"
         parts.append(_pad_line(line, 0, "bold yellow"))
-    parts += [_pad_line(suspect.suspicion, 0, "yellow") for suspect in errors.suspects]
+    parts += _render_floors(errors)
     parts += [_render_table(table, names) for table in errors.tables if _has_errors(table)]
     if errors.confusions:
         parts.append(_render_confusions(errors.confusions))
@@ -102,6 +101,19 @@ def _describe_counts(errors: ErrorAnalysis, names: tuple[str, str]) -> str:
         return text
     before = f"{names[0]} {errors.n - errors.right_before}"
     return f"{text} ({before}; {errors.fixed} fixed, {errors.broken} broken)"
+
+
+def _render_floors(errors: ErrorAnalysis) -> list[RenderableType]:
+    """Show what rules without a model have, the highest first."""
+    lines: list[RenderableType] = []
+    answers = sorted(errors.floors, key=lambda floor: -floor.value)
+    if answers:
+        names = [f"{each.name} {each.value:.3f}" + "?" * (not each.is_beaten) for each in answers]
+        hint = " (?: not shown to be beaten)" if not all(each.is_beaten for each in answers) else ""
+        lines.append(_pad_line(f"Floors, n = {answers[0].n}: {', '.join(names)}{hint}", 0))
+    if errors.floors_note:
+        lines.append(_pad_line(errors.floors_note, 0))
+    return lines
 
 
 def _has_errors(table: ErrorTable) -> bool:

@@ -74,7 +74,7 @@ def test_hostile_names_are_text_on_one_line(width: int) -> None:
     analysis = replace(
         make_analysis(replace(GROUP, name=HOSTILE * 50, rows=(HOSTILE,))),
         confusions=(Confusion(HOSTILE, HOSTILE, HOSTILE, 3),),
-        shortcuts=(Shortcut("constant", HOSTILE, HOSTILE, 80, 80, 40, 0.001, rows=(HOSTILE,)),),
+        shortcuts=(Shortcut(HOSTILE, HOSTILE, 80, 80, 40, 0.001, rows=(HOSTILE,)),),
     )
     verdict = RunVerdict(
         "harmful", HOSTILE, HOSTILE, HOSTILE, (HOSTILE,), (NextStep(HOSTILE, HOSTILE),)
