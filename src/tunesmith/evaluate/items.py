@@ -21,14 +21,15 @@ from tunesmith.evaluate.generate_until import EvalPrompt, build_prompts, check_p
 from tunesmith.evaluate.metrics import MULTIPLE_CHOICE
 from tunesmith.evaluate.multiple_choice import build_choices
 from tunesmith.evaluate.results import RETENTION_DATA
+from tunesmith.plan.guard import count_affordable_answers
 from tunesmith.plan.memory import GENERAL_TEXT_TOKENS
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.row_groups import map_groups
 
-# Generating 16 answers during training takes about as long as the held-out loss of 60 rows.
-MAX_SELECTION_PROMPTS = 16
-# Answered too where a field of those 16 seems to be constant: they are too few to show it.
-MAX_CONFIRMATION_PROMPTS = 48
+MIN_SELECTION_PROMPTS = 16  # and answers that are generated at once
+MAX_SELECTION_PROMPTS = 256
+# Answered too where a field of few answers seems to be constant: they are too few to show it.
+NUM_CONFIRMED = 64
 MAX_HELD_OUT_CHARS = 300_000  # per held-out file of a pretraining corpus, about 75,000 tokens
 MAX_TEXT_CHARS = 30_000  # per text; longer ones are truncated
 MAX_SAMPLES = 3  # answers that the record shows
@@ -108,6 +109,8 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
             row_groups=row_groups,
         )
     eval_prompts = _build_eval_prompts(plan, inputs)
+    lengths = [(len(each.prompt_ids), each.num_expected_tokens) for each in eval_prompts]
+    num_selected = count_affordable_answers(plan, lengths, MIN_SELECTION_PROMPTS)
     examples = load_test_prompts(inputs)
     all_prompts = build_prompts(examples, inputs.renderer)
     prompts = tuple(prompt for prompt in all_prompts if not prompt.negative)
@@ -127,8 +130,8 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
         test_documents=documents["test_data"],
         eval_documents=documents["eval_data"],
         general_texts=general_texts,
-        selection_prompts=eval_prompts[:MAX_SELECTION_PROMPTS],
-        confirmation_prompts=eval_prompts[MAX_SELECTION_PROMPTS:],
+        selection_prompts=eval_prompts[:num_selected],
+        confirmation_prompts=eval_prompts[num_selected : max(num_selected, NUM_CONFIRMED)],
         eliciting_prompts=all_prompts[len(prompts) :] if inputs.recipe.never else (),
         should_track_general=is_adaptive,
         row_tasks={role: _map_row_tasks(inputs, role, documents[role]) for role in documents},
@@ -203,7 +206,7 @@ def _build_eval_prompts(plan: Plan, inputs: RunInputs) -> tuple[EvalPrompt, ...]
         example, prepared = rows.render_row(row)
         if prepared.documents and (example.messages or example.prompt) and not example.is_bad:
             examples.append(example)
-        if len(examples) == MAX_SELECTION_PROMPTS + MAX_CONFIRMATION_PROMPTS:
+        if len(examples) == MAX_SELECTION_PROMPTS:
             break
     return build_prompts(examples, inputs.renderer) if len(examples) > 1 else ()
 

@@ -27,7 +27,7 @@ from tunesmith.evaluate.generate_until import (
     build_samples,
     compute_max_new_tokens,
 )
-from tunesmith.evaluate.items import MAX_SELECTION_PROMPTS, EvalItems
+from tunesmith.evaluate.items import MIN_SELECTION_PROMPTS, EvalItems
 from tunesmith.evaluate.kl_divergence import BaseReference, measure_loss_and_kl
 from tunesmith.evaluate.loglikelihood import (
     measure_loss,
@@ -164,7 +164,7 @@ def _grade_selection(
     session: Session, items: EvalItems
 ) -> tuple[list[MetricValues], list[GenerationOutput]]:
     """Return the grades of a few answers to `eval_data`, with the answers."""
-    outputs = generate_answers(session, items.selection_prompts)
+    outputs = _generate_in_parts(session, items.selection_prompts)
     if not outputs:
         return [], []
     graded = _apply_plan_metrics(session, items.selection_prompts, outputs, task="eval")
@@ -182,10 +182,10 @@ def _build_eval_samples(
 
 
 def _generate_in_parts(session: Session, prompts: Sequence[EvalPrompt]) -> list[GenerationOutput]:
-    """Generate as many answers at once as an evaluation does, so that no more memory is needed."""
+    """Generate a few answers at once, so that no more memory is needed."""
     outputs: list[GenerationOutput] = []
-    for start in range(0, len(prompts), MAX_SELECTION_PROMPTS):
-        outputs += generate_answers(session, prompts[start : start + MAX_SELECTION_PROMPTS])
+    for start in range(0, len(prompts), MIN_SELECTION_PROMPTS):
+        outputs += generate_answers(session, prompts[start : start + MIN_SELECTION_PROMPTS])
     return outputs
 
 

@@ -137,10 +137,8 @@ def describe_end(record: RunRecord) -> str:
 
 def is_collapsed(record: RunRecord) -> bool:
     """Return whether the guard ended training and nothing that it kept is better than the start."""
-    if not describe_end(record):
-        return False
     has_worse = record.verdict is not None and record.verdict.name in ("no effect", "harmful")
-    return has_worse or record.selected_step == 0
+    return bool(describe_end(record)) and (has_worse or record.selected_step == 0)
 
 
 def renew_verdict(record: RunRecord, run: Path) -> RunVerdict:

@@ -1,12 +1,12 @@
 """What a run does when its guard finds a problem, and how often generations are probed.
 
 In: `guard` of the recipe and the settings decided so far. Out: a PlanValue per setting. Left out:
-the detectors (train/guard/detectors.py) and the probes (train/guard/probes.py).
-"""
+the detectors (train/guard/detectors.py) and the probes (train/guard/probes.py)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.core.types import DataReport, Plan, PlanValue
@@ -18,6 +18,7 @@ OFF = "off"
 FORGETTING_MARGIN = 0.02
 PATIENCE = 3  # evaluations
 MAX_PROBE_SHARE = 0.05  # of the training time
+MAX_ANSWER_SHARE = 0.15  # of it, for the answers that choose the checkpoint
 MIN_PROMPTS = 8
 MAX_PROMPTS = 64
 PROBE_NEW_TOKENS = 32  # per answer
@@ -105,6 +106,21 @@ def count_probe_tokens(device: str, data: DataReport, max_length: int, num_promp
     prompt_tokens = min(data.length_percentiles.get("p50", 1), max_length)
     decode_tokens = PROBE_NEW_TOKENS * max(DECODE_COST_TOKENS[device], num_prompts)
     return PROMPT_PASSES * num_prompts * prompt_tokens + decode_tokens
+
+
+def count_affordable_answers(plan: Plan, lengths: Sequence[tuple[int, int]], fewest: int) -> int:
+    """Return how many rows of eval_data, each (tokens of the prompt, of the answer), an evaluation
+    answers in MAX_ANSWER_SHARE of the time since the one before; at least `fewest`."""
+    report = plan.data["data"]
+    num_rows = min(plan.config.eval_steps, plan.steps) * (plan.config.batch_size or 1)
+    budget = MAX_ANSWER_SHARE * FORWARDS_PER_STEP * num_rows * report.tokens / max(1, report.rows)
+    decode_tokens = DECODE_COST_TOKENS[plan.machine.device] / fewest  # of answers in one batch
+    tokens = 0.0
+    for count, (prompt_tokens, answer_tokens) in enumerate(lengths):
+        tokens += prompt_tokens + answer_tokens * (1 + decode_tokens)
+        if tokens > budget and count >= fewest:
+            return count
+    return len(lengths)
 
 
 def estimate_step_tokens(context: RuleContext) -> float:

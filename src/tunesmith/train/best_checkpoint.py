@@ -3,7 +3,8 @@ margin.
 
 Neither the last checkpoint nor the one with the lowest loss: loss may fall while answers get worse,
 or rise while they get better. Graded answers are compared first, by the recipe's metrics.
-Checkpoints that differ by no more than one item are tied, and the lowest held-out loss decides.
+Checkpoints whose difference no paired test could show are tied, and the later one is taken, since
+more steps were planned; without a right answer the lowest held-out loss decides.
 The margin is no cliff: what is twice as good beyond it is taken. Otherwise an early evaluation that
 happens to be within it would exclude all that the run learns later. Pure.
 
@@ -19,6 +20,8 @@ from statistics import fmean
 from tunesmith.core.events import Score
 
 EVAL = "eval"
+# Items of one sign that show a checkpoint to be worse: one-sided sign test, p = 1 / 2**5.
+SHOWN_ITEMS = 5
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,14 @@ def select_best(eval_points: Sequence[EvalPoint], margin: float) -> EvalPoint | 
 
 
 def _is_better(point: EvalPoint, best: EvalPoint | None, seen: Sequence[EvalPoint]) -> bool:
-    """seen: the evaluations on the same side of the margin, up to `point`. Those are tied that
-    differ by one item from the best answers, and then the lower loss is better."""
+    """seen: the evaluations on the same side of the margin, up to `point`. Those are tied that are
+    not shown to be worse than the best answers, and then the later one is better."""
     if best is None:
         return True
-    tied_metric = max(each.metric for each in seen) - point.item_weight
+    tied_metric = max(each.metric for each in seen) - (SHOWN_ITEMS - 0.5) * point.item_weight
     if point.metric < tied_metric:
         return False
-    return best.metric < tied_metric or point.loss < best.loss
+    return best.metric < tied_metric or point.metric > 0 or point.loss < best.loss
 
 
 def is_twice_as_good(over: EvalPoint, within: EvalPoint) -> bool:
@@ -138,13 +141,21 @@ def describe_choice(best: EvalPoint, eval_points: Sequence[EvalPoint], margin: f
 
 
 def _describe_scores(point: EvalPoint) -> str:
-    metric = "" if point.mean_metric is None else f"answers {point.mean_metric:.3f}, "
+    metric = ""
+    if point.mean_metric is not None:
+        metric = f"answers {point.mean_metric:.3f} of {round(1 / point.item_weight)} items, "
     return f"{metric}held-out loss {point.loss:.4f}"
 
 
 def should_stop_early(eval_points: Sequence[EvalPoint], margin: float, patience: int) -> bool:
-    """Return whether `patience` evaluations since the best one were no better."""
-    best = select_best(eval_points, margin)
-    if best is None:
-        return False
-    return sum(point.step > best.step for point in eval_points) >= patience
+    """Return whether the last `patience` evaluations have neither better answers nor a lower loss
+    than all before. Those beyond the margin are no better, if there are others."""
+    judged = [point for point in eval_points if point.is_within(margin)] or eval_points
+    latest = -1
+    for index, point in enumerate(judged):
+        earlier = judged[:index]
+        if all(point.metric > each.metric for each in earlier) or all(
+            point.loss < each.loss for each in earlier
+        ):
+            latest = point.step
+    return bool(judged) and sum(point.step > latest for point in eval_points) >= patience
