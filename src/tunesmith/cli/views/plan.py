@@ -23,10 +23,12 @@ from tunesmith.core.formatting import (
 )
 from tunesmith.core.mesh import MeshOption, MeshPlan
 from tunesmith.core.types import ModelSpec, Plan, PlanValue
+from tunesmith.evaluate.run_verdict import VERDICT_LIMITS
 from tunesmith.plan.hardware_presets import match_preset
 from tunesmith.plan.memory import USUAL_MULTIPLES, compute_multiple
 from tunesmith.plan.mesh import build_command
 from tunesmith.plan.stages import StagedPlan
+from tunesmith.recipe.fields import NO_DATA
 from tunesmith.recipe.schema import ALIASES
 
 if TYPE_CHECKING:
@@ -94,7 +96,26 @@ def _list_facts(plan: Plan, *, show_all: bool) -> list[str]:
         lines += _format_memory(plan, show_all=show_all)
     if plan.model.omitted_bytes:
         lines.append(describe_text_part(plan.model))
+    if "test_data" in plan.data:
+        lines.append(f"[dim]ready needs[/] {escape_markup(_describe_ready(plan))}")
     return lines
+
+
+def _describe_ready(plan: Plan) -> str:
+    """Say what the verdict of the run will compare, and with which values."""
+    rows = format_count(plan.data["test_data"].rows, "test row")
+    share, low = (VERDICT_LIMITS[f"ready: {name}"] for name in ("right answers", "lower end"))
+    goal = f"{share:.0%} of {rows} right (95% CI from {low:.0%})"
+    if plan.config.stage == "cpt":
+        goal = f"fewer bits per byte on {rows}, by more than general text loses"
+    elif plan.config.stage == "preference":
+        goal = f"{rows} ordered better, also at equal length, over half of them (95% CI)"
+    if gates := plan.recipe.get("gates"):
+        goal = f"your gates on {rows}: {', '.join(f'{key} {gates[key]}' for key in gates)}"
+    margin = f"general text within {plan.config.forgetting_margin:g} bits per byte"
+    if plan.recipe.get("retention_data") in (None, NO_DATA):
+        margin = "retention_data, which is none"
+    return f"{goal}; {margin}; nothing worse"
 
 
 def describe_text_part(model: ModelSpec) -> str:
