@@ -275,7 +275,7 @@ class _Experiment:
                     remaining = f"{max(0, remaining_seconds):.0f} s left"
                     self.skipped.append(SkippedArm(arm, f"about {arm_seconds:.0f} s, {remaining}"))
                     continue
-                result = self._try_arm(arm)
+                result = self._try_arm(arm, self.runner)
             if result is not None:
                 self.results.append(result)
                 yield result
@@ -300,9 +300,9 @@ class _Experiment:
             if time.perf_counter() + num_seconds > self.deadline:
                 return
             for arm, result in zip(arms, stored, strict=True):
+                result = result or self._try_arm(arm, more)
                 if result is None:
-                    result = run_arm(more, arm)
-                    self.store.put(_build_key(arm, more), result)
+                    return
                 yield self._merge(result)
             self.runner = dataclasses.replace(self.runner, items=(*self.runner.items, *more.items))
 
@@ -321,15 +321,15 @@ class _Experiment:
         self.results[index] = dataclasses.replace(self.results[index], answers=answers)
         return self.results[index]
 
-    def _try_arm(self, arm: Arm) -> ArmResult | None:
+    def _try_arm(self, arm: Arm, runner: ArmRunner) -> ArmResult | None:
         try:
-            result = run_arm(self.runner, arm)
+            result = run_arm(runner, arm)
         except (InputError, GateError) as error:
             if not self.results:
                 raise  # without the zero-shot baseline there is no experiment
             self.skipped.append(SkippedArm(arm, error.message))
             return None
-        self.store.put(_build_key(arm, self.runner), result)
+        self.store.put(_build_key(arm, runner), result)
         return result
 
     def _estimate_seconds(self, arm: Arm, items: int = 0) -> float:
