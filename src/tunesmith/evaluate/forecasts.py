@@ -76,9 +76,9 @@ def find_trend(events: Iterable[Event], metric: str) -> Trend | None:
         scores = by_metric.get(name, [])
         if len(scores) > 1:
             end = scores[-1]
-            early = [score for score in scores if 2 * score.step <= end.step] or scores[:1]
+            half = min(scores[:-1], key=lambda score: abs(2 * score.step - end.step))
             best = max(scores, key=lambda score: _count_gain(end, score))
-            return Trend(best, early[-1], end)
+            return Trend(best, half, end)
     return None
 
 

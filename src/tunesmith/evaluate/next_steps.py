@@ -236,8 +236,8 @@ def suggest_longer_training(facts: Facts) -> Iterator[NextStep]:
     elif facts.max_steps and steps < MIN_STEPS and facts.verdict == "no effect":
         yield from build_longer(facts, now, f"{format_count(steps, 'step')} are few")
     elif trend is not None and not trend.is_improving and facts.verdict == "useful, not ready":
-        reason = f"nothing to gain by training longer: {trend.text}, within {trend.noise:.3f}"
-        reason += "; what is left are rows: read the wrong answers, and add such rows"
+        reason = f"no gain from training longer is shown: {trend.text}, within the noise"
+        reason += f" of {trend.end.n} rows, {trend.noise:.3f}; what is left are rows: read the wrong answers, and add such rows"
         yield NextStep(reason, f"tunesmith report {facts.folder}")
 
 

@@ -50,7 +50,7 @@ def make_evals(values: tuple[float, ...], steps: int, metric: str = "exact_match
     """Return the scores of evaluations at equal distances."""
     events: list[Event] = []
     for number, value in enumerate(values, start=1):
-        step = number * steps // len(values)
+        step = min(steps, number * -(-steps // len(values)))  # as eval_steps of the plan
         events.append(Score("eval", metric, value, value - 0.09, value + 0.09, 80, step))
     return events
 
@@ -92,7 +92,7 @@ def test_longer_training_is_for_answers_that_get_better_beyond_their_noise(tmp_p
         f"tunesmith train {run}/resolved.yaml --num-train-epochs 6 --output-dir {run}-6-epochs"
     )
     assert longer.reason == (
-        "train longer: eval exact_match was 0.600 at step 63 and 0.800 at step 126"
+        "train longer: eval exact_match was 0.600 at step 64 and 0.800 at step 126"
     )
     # two seconds a step, and a minute beside the steps
     assert (longer.metric, longer.steps, longer.seconds) == ("test exact_match", 252, 564.0)
@@ -107,8 +107,9 @@ def test_longer_training_is_for_answers_that_get_better_beyond_their_noise(tmp_p
     )
     flat = judge_steps(tmp_path / "b", FLAT)
     assert flat[0].reason == (
-        "nothing to gain by training longer: eval exact_match was 0.780 at step 63 and 0.800 at "
-        "step 126, within 0.090; what is left are rows: read the wrong answers, and add such rows"
+        "no gain from training longer is shown: eval exact_match was 0.780 at step 64 and 0.800 at "
+        "step 126, within the noise of 80 rows, 0.090; what is left are rows: "
+        "read the wrong answers, and add such rows"
     )
     by_loss = judge_steps(tmp_path / "c", FALLING_LOSS, metric="loss")[0]
     assert by_loss.reason.startswith("train longer: eval loss was 1.500")
