@@ -237,7 +237,7 @@ def suggest_longer_training(facts: Facts) -> Iterator[NextStep]:
         yield from build_longer(facts, now, f"{format_count(steps, 'step')} are few")
     elif trend is not None and not trend.is_improving and facts.verdict == "useful, not ready":
         reason = f"no gain from training longer is shown: {trend.text}, within the noise"
-        reason += f" of {trend.end.n} rows, {trend.noise:.3f}; what is left are rows: read the wrong answers, and add such rows"
+        reason += f" of {trend.end.n} rows, {trend.noise:.3f}; read the wrong answers, and add rows"
         yield NextStep(reason, f"tunesmith report {facts.folder}")
 
 

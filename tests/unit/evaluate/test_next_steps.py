@@ -108,8 +108,8 @@ def test_longer_training_is_for_answers_that_get_better_beyond_their_noise(tmp_p
     flat = judge_steps(tmp_path / "b", FLAT)
     assert flat[0].reason == (
         "no gain from training longer is shown: eval exact_match was 0.780 at step 64 and 0.800 at "
-        "step 126, within the noise of 80 rows, 0.090; what is left are rows: "
-        "read the wrong answers, and add such rows"
+        "step 126, within the noise of 80 rows, 0.090; read the wrong "
+        "answers, and add rows"
     )
     by_loss = judge_steps(tmp_path / "c", FALLING_LOSS, metric="loss")[0]
     assert by_loss.reason.startswith("train longer: eval loss was 1.500")
