@@ -25,7 +25,7 @@ BLOCKS = re.findall(
 
 
 def test_there_are_outputs() -> None:
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 2
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def test_a_run_proves_measures_trains_and_measures_again(tiny_folder: Path, tmp_
     # four texts and three prompts are too few; the folder names another end than answers have
     unwatched = {check.kind for check in checks if check.level != "ok"}
     assert unwatched == {"forgetting", "answers unlearned", "EOS is supervised"}
-    # held-out loss, a few answers; expected answers and general text; what the guard says to it
-    look = [*[Score] * 4, CheckResult]
+    # held-out loss, a few answers; expected answers; general text and its KL; what the guard says
+    look = [*[Score] * 6, CheckResult]
     assert kinds[first_step : done + 1] == [
         TrainStep,
         TrainStep,
@@ -134,6 +134,7 @@ def test_every_file_of_the_run_folder_is_there(finished: Path) -> None:
     assert names == {
         *(
             "recipe.yaml",
+            "resolved.yaml",
             "plan.json",
             "data.json",
             "events.jsonl",

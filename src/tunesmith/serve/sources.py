@@ -27,7 +27,8 @@ from tunesmith.core.json_io import dump_json, read_json_object
 from tunesmith.core.run_dir import ADAPTER_DIR, find_weights_dir, read_failure, read_run_plan
 from tunesmith.core.types import Json, Plan, require
 from tunesmith.data.chat_template.renderer import Renderer
-from tunesmith.evaluate.model_ref import parse_model_ref
+from tunesmith.evaluate.model_ref import SCALE_SUFFIX, parse_model_ref
+from tunesmith.evaluate.scale_choice import MAX_SCALE
 from tunesmith.model.adapters import METHODS, get_trainable_parameters
 from tunesmith.model.causal_lm import DTYPES, load_network
 from tunesmith.model.hub.adapter_config import (
@@ -145,11 +146,14 @@ def find_dtype(ref: str) -> str | None:
 
 
 def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = False) -> AdapterSource:
-    """Open RUN, RUN@SCALE, RUN/checkpoints/step-N or an adapter folder for a base.
+    """Open RUN, RUN@SCALE, RUN/checkpoints/step-N, FOLDER or FOLDER@SCALE of an adapter for a base.
 
     Raises InputError for an adapter that does not belong to the base, GateError for a run that a
     gate has stopped."""
     run = _find_run(ref)
+    scale = parse_model_ref(ref).scale
+    if run is None:
+        ref, scale = _split_scale(ref)
     plan = read_run_plan(run) if run is not None else None
     if run is not None and plan is not None:
         _refuse_method(run, plan)
@@ -177,7 +181,7 @@ def open_adapter(ref: str, base: BaseSource, *, is_unproven_allowed: bool = Fals
         folder=adapter,
         renderer=renderer,
         digest=_compute_digest(adapter, renderer, base),
-        scale=model_ref.scale,
+        scale=scale,
         schema=provenance.schema if provenance is not None else None,
         provenance=provenance,
         constraints=() if plan is None else tuple(rebuild_recipe(plan.recipe).never),
@@ -229,6 +233,18 @@ def _find_run(ref: str) -> Path | None:
     """Return the run folder that a name refers to, None for an adapter folder without a run."""
     run = parse_model_ref(ref).run_dir
     return None if run is None else find_weights_dir(run)
+
+
+def _split_scale(ref: str) -> tuple[str, float]:
+    """Return an adapter folder and the scale behind it, 1 without one."""
+    suffix = SCALE_SUFFIX.search(ref)
+    if suffix is None or Path(ref).exists():
+        return ref, 1.0
+    scale = float(suffix[0][1:])
+    if scale > MAX_SCALE:
+        fix = f"use a number from 0 to {MAX_SCALE:g}"
+        raise InputError(f"invalid scale {scale:g}", where=ref, fix=fix)
+    return ref[: suffix.start()], scale
 
 
 def _find_adapter(ref: str) -> Path:

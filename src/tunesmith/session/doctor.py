@@ -27,7 +27,10 @@ MIN_VERSIONS = {"python": "3.11", "torch": "2.6", "transformers": "5.24"}
 EXTRAS = {
     "qlora": (("bitsandbytes",), "method: qlora, optim: adamw_8bit"),
     "fla": (("fla-core",), "gated delta layers on an NVIDIA GPU"),
-    "audit": (("datasketch", "py3langid"), "near duplicates and languages in data check"),
+    "audit": (
+        ("datasketch", "py3langid", "scikit-learn"),
+        "near duplicates and languages in data check, bag of words as a floor",
+    ),
     "parquet": (("pyarrow",), "Parquet files"),
     "constrained": (("llguidance",), "answers that follow a JSON schema"),
     "serve": (("starlette", "uvicorn", "prometheus-client", "llguidance"), "tunesmith serve"),
@@ -36,7 +39,7 @@ EXTRAS = {
     "tensorboard": (("tensorboardX",), "--track tensorboard"),
     "wandb": (("wandb",), "--track wandb"),
 }
-MODULES = {"fla-core": "fla"}  # of packages with another name
+MODULES = {"fla-core": "fla", "scikit-learn": "sklearn"}  # of packages with another name
 MIN_FREE_DISK_BYTES = 2 * 10**9
 
 

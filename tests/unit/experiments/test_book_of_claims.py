@@ -23,7 +23,7 @@ from tunesmith.core.types import PlanConfig
 from tunesmith.data.readers.sources import open_source
 from tunesmith.evaluate.general_text import read_texts
 from tunesmith.evaluate.results import MetricValues
-from tunesmith.recipe.fields import NO_TEST_DATA
+from tunesmith.recipe.fields import NO_DATA
 from tunesmith.recipe.load import read_recipe
 
 pytestmark = pytest.mark.promise
@@ -284,7 +284,7 @@ def test_every_experiment_is_complete(tmp_path: Path) -> None:
         assert set(experiment.settings) <= settings
         if any(arm.answering for arm in experiment.arms.values()):
             # else half of eval_data becomes test_data, which nothing answers
-            assert experiment.recipe["test_data"] == NO_TEST_DATA, experiment.name
+            assert experiment.recipe["test_data"] == NO_DATA, experiment.name
         for name, arm in experiment.arms.items():
             job = run.make_job(experiment, name, arm, 0, tmp_path)
             recipe = read_recipe(job.recipe)

@@ -170,12 +170,6 @@ def test_an_answer_below_1_is_not_wrong_by_a_metric_that_none_reaches(tmp_path: 
     assert "Still wrong" not in text
 
 
-def test_a_suspected_constant_is_a_red_line(tmp_path: Path) -> None:
-    answers = [("no" if index == 7 else "yes", "yes") for index in range(40)]
-    text = read_text(write_graded_run(tmp_path / "run", answers))
-    assert text.count("may be a constant: the answer is yes in 40 of 40 answers") == 2
-
-
 def test_only_the_first_rows_of_a_group_are_known(tmp_path: Path) -> None:
     wrong = [("yes" if index % 2 else "no", "maybe") for index in range(80)]
     run = write_graded_run(tmp_path / "run", wrong)
