@@ -131,7 +131,7 @@ def make_job(experiment: Experiment, name: str, arm: Arm, seed: int, work: Path)
     built = work / experiment.name / "data"
     build_data(experiment, built)
     settings = make_settings(experiment, arm, seed)
-    recipe = resolve_recipe(settings["recipe"], built)
+    recipe = {"retention_data": "none"} | resolve_recipe(settings["recipe"], built)
     folder = work / experiment.name / f"{re.sub(r'[^a-z0-9.-]+', '-', name.lower())}-{seed}"
     documents = built / arm.documents if arm.documents else None
     return ArmJob(folder, settings, recipe, arm.answering, documents)

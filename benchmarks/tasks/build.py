@@ -50,11 +50,11 @@ def split_rows(name: str, task: Task, cache: Path) -> dict[str, Part]:
     order = sorted(groups, key=lambda group: hashlib.sha256(f"{name} {group}".encode()).digest())
     sizes = {"test": task.test, "eval": task.eval, "train": task.train}
     parts: dict[str, Part] = {part: [] for part, size in sizes.items() if size}
-    left = iter(order)
+    remaining = iter(order)
     for part, rows in parts.items():
         answers: Counter[str] = Counter()
         most = max(1, task.per_label * sizes[part] // task.train)
-        for group in left:
+        for group in remaining:
             for row in groups[group][: task.per_group]:
                 answer = str(row.get("completion"))
                 answers[answer] += 1

@@ -9,8 +9,8 @@ from tiny_recipe_runs import Lab
 from tiny_runs import build_sum_rows, make_tiny_recipe
 from tunesmith import api
 from tunesmith.advise.sweep.records import SweepStart
+from tunesmith.api import read_record
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import RunRecord
 
 
 def metrics(lab: Lab) -> None:
@@ -39,8 +39,8 @@ def group(lab: Lab) -> None:
     ]
     for setting, groups in (("author", 7), ("auto", 7), ("none", 0)):
         test = lab.rows(rows)
-        events = lab.events(test_data=test, group=setting)
-        record = next(event for event in events if isinstance(event, RunRecord))
+        lab.events(test_data=test, group=setting)
+        record = read_record(lab.output)
         assert {entry.after.groups for entry in record.comparisons} == {groups}
         assert {entry.after.n for entry in record.comparisons} == {14}
     with pytest.raises(InputError, match="the row has no key `writer`") as refusal:

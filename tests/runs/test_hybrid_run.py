@@ -42,6 +42,7 @@ def test_a_hybrid_is_trained(family: str, tmp_path: Path) -> None:
     assert [step.step for step in steps] == [1, 2, 3]
     record = read_record(recipe.output_dir)
     assert record.plan.model.recurrent is not None
-    assert {check.level for check in record.preflight} == {"ok"}
+    unproven = {check.kind for check in record.preflight if check.level != "ok"}
+    assert unproven == {"EOS is supervised"}  # the folder names another end
     stored = load_file(recipe.output_dir / "adapter" / "adapter_model.safetensors")
     assert any(float(tensor.abs().max()) > 0 for name, tensor in stored.items() if "lora_B" in name)

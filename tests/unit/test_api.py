@@ -234,6 +234,7 @@ def blocks(page: Path) -> Iterator[str]:
 def test_the_examples_of_the_page_run(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_rows(Path("train.jsonl"), build_sum_rows(1, 40))
     code = "\n".join(blocks(DOCS / "reference" / "python.md")).replace(
         "smollm2-135m-instruct", str(tiny_folder)
     )

@@ -159,7 +159,9 @@ def build_table(
     for run in trained:
         by_name.setdefault(run.name, []).append(run)
     reference_runs = by_name.get(reference or "", [])
-    losses = [[run.loss for run in runs if run.held_out] for runs in by_name.values()]
+    losses: list[list[float]] = []
+    for runs in by_name.values():
+        losses.append([run.loss for run in runs if run.held_out])
     spread = compute_spread(losses)
     return ShortRunTable(
         metric=untrained.held_out.metric,

@@ -169,7 +169,8 @@ def format_event(
         case CheckpointSaved():
             return f"saved {escape_markup(event.path)}"
         case TrainingEnd():
-            steps, duration = format_count(event.step, "step"), format_duration(event.seconds)
+            steps = format_count(event.step, "step")
+            duration = format_duration(event.seconds)
             return f"{event.reason} after {steps}, {duration} of training"
         case StageStart():
             head = f"[bold]stage {event.step} of {event.num_stages}[/] {escape_markup(event.name)}"

@@ -219,7 +219,7 @@ def _show_run(
     if is_collapsed(record):
         fix = "train with a lower learning_rate; what was measured is in the report"
         raise GateError(
-            f"{describe_end(record)}; it is no better than before", where=str(folder), fix=fix
+            f"{describe_end(record)}; it is not better than before", where=str(folder), fix=fix
         )
     if failed := [gate.name for gate in gates if not gate.passed]:
         raise GateError(f"failed: {', '.join(failed)}", where=str(folder))

@@ -110,10 +110,9 @@ class Floor:
 
     @property
     def description(self) -> str:
-        own = self.value + self.lead
-        return (
-            f"{self.name}, {own:.3f} against {self.value:.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-        )
+        model_value = self.value + self.lead
+        interval = f"[{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.name}, {model_value:.3f} against {self.value:.3f} {interval}"
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,12 @@ def make_forecast(now: Comparison, gain: float, reason: str) -> Forecast:
     sides: no grade is above 1, no loss below 0, and what has no bound may double."""
     noise = compute_noise(now)
     value = now.after.value
-    left = 1 - value if now.higher_is_better and value <= 1 else value
-    low, high = -noise, min(gain + noise, left)
+    room = 1 - value if now.higher_is_better and value <= 1 else value
+    low = -noise
+    high = min(gain + noise, room)
     if not now.higher_is_better:
-        low, high = -high, -low
+        low = -high
+        high = noise
     metric = f"{now.task} {now.metric}"
     return Forecast(metric, low, high, f"{metric} {low:+.3f} to {high:+.3f}: {reason}")
 

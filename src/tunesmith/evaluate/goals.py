@@ -49,7 +49,8 @@ def is_decided_by_likelihood(deciding: Sequence[JudgedComparison], plan: Plan) -
 
 
 def describe_likelihood(comparison: Comparison) -> str:
-    before, after = comparison.before.value, comparison.after.value
+    before = comparison.before.value
+    after = comparison.after.value
     n = comparison.after.n
     if comparison.metric == ACCURACY:
         return f"The chosen answer is likelier in {after:.0%} of {n} pairs, {before:.0%} before"

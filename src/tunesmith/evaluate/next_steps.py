@@ -44,7 +44,8 @@ MAX_STEPS = 3
 FACTOR = 2  # of epochs or steps of a run that was still improving at its end
 MAX_NAME_CHARS = 60
 LARGE_EFFECT = 0.2  # of right answers: test rows that may miss it are too few
-LR_TRIALS, LR_STEPS = 5, 40  # of `tune lr`
+LR_TRIALS = 5
+LR_STEPS = 40  # of `tune lr`
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ class Facts:
         return NextStep(reason, command, *forecast[:3], steps, seconds, text)
 
     def describe_tried(self, flag: str, tried: Path) -> NextStep:
-        reason, now = f"{flag} was tried in {tried}", self.deciding
+        reason = f"{flag} was tried in {tried}"
+        now = self.deciding
         if now is None or not (tried / RECORD_FILE).is_file():
             reason += ", which has no result"
             return NextStep(reason, f"tunesmith report {quote(str(tried))}")
@@ -221,7 +223,9 @@ def suggest_rows(facts: Facts) -> Iterator[NextStep]:
 
 def suggest_longer_training(facts: Facts) -> Iterator[NextStep]:
     """Twice the steps where answers to eval_data still got better; else what is left to do."""
-    now, trend, steps = facts.deciding, facts.trend, facts.record.steps
+    now = facts.deciding
+    trend = facts.trend
+    steps = facts.record.steps
     if not facts.should_be_better or facts.was_ended or now is None:
         return
     is_best = facts.record.selected_step == steps
@@ -269,7 +273,8 @@ def suggest_forgetting_less(facts: Facts) -> Iterator[NextStep]:
     """A smaller scale of the adapter; half the learning rate if more than the limit was lost."""
     if facts.general is None:
         return
-    scales, limit = facts.record.scales, facts.config.forgetting_margin
+    scales = facts.record.scales
+    limit = facts.config.forgetting_margin
     best = recommend_scale(scales)
     times = best.general_lost.value / limit if best and best.general_lost and limit else 0.0
     commands = build_commands(scales, str(facts.run))
@@ -291,12 +296,14 @@ def build_half_rate(facts: Facts, aim: str, forecast: Forecast) -> NextStep:
 
 def suggest_tests(facts: Facts) -> Iterator[NextStep]:
     """More test rows where they cannot show a gain, or may miss one; a test of learning rates."""
-    now, record = facts.deciding, facts.record
+    now = facts.deciding
+    record = facts.record
     if now and facts.is_at_ceiling and not facts.was_all_right and facts.verdict != "ready":
         wrong = f"{facts.wrong} of {now.after.n} answers are wrong"
         yield facts.build_split(f"more test rows: {wrong}, and a gain shows from {MIN_ITEMS} on")
     elif now and facts.verdict == "no effect" and (now.min_detectable or 0) >= LARGE_EFFECT:
-        count, limit = format_count(now.after.n, "test row"), f"{now.min_detectable:.2f}"
+        count = format_count(now.after.n, "test row")
+        limit = f"{now.min_detectable:.2f}"
         yield facts.build_split(f"more test rows: {count} may miss an effect below {limit}")
     is_poor = facts.should_be_better or facts.verdict == "harmful"
     if is_poor and facts.has_eval_data and facts.config.loss is None:

@@ -335,9 +335,8 @@ def _to_arrays(measurement: MetricValues) -> tuple[np.ndarray, np.ndarray, list[
         weights = np.bincount(unit_N, weights)
         values = sums / np.maximum(weights, 1e-300)
         names = tuple(stratum for stratum, _ in index_by_unit)
-    strata = [
-        np.flatnonzero([name == stratum for name in names]) for stratum in dict.fromkeys(names)
-    ]
+    name_N = np.array(names)
+    strata = [np.flatnonzero(name_N == stratum) for stratum in dict.fromkeys(names)]
     return values, weights, strata
 
 

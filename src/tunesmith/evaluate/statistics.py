@@ -316,10 +316,12 @@ def compute_p_value(comparison: Comparison) -> float:
     """
     exact = comparison.p_value or 0.0
     difference = comparison.difference
-    low, high = comparison.low, comparison.high
+    low = comparison.low
+    high = comparison.high
     degrees = max(1.0, comparison.after.independent - 1)
     if comparison.seed_low is not None and comparison.seed_high is not None:
-        low, high = comparison.seed_low, comparison.seed_high
+        low = comparison.seed_low
+        high = comparison.seed_high
         degrees = comparison.seed_degrees or degrees
     elif comparison.p_value is not None:
         return exact

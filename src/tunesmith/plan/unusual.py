@@ -18,7 +18,8 @@ MAX_DROPOUT = 0.5
 def list_unusual(context: RuleContext) -> Iterator[str]:
     """Yield a warning for each value of the user that is out of any usual range."""
     rules = CPT_RULES if context.stage == "cpt" else RULES
-    value, rank = context.settings, context.settings.get("lora_r")
+    value = context.settings
+    rank = context.settings.get("lora_r")
     hidden_size = context.model.hidden_size
     rows = max(1, context.data.rows)
     repeats = context.steps * value["batch_size"].value / rows if "batch_size" in value else 0

@@ -62,7 +62,7 @@ from tunesmith.session.identity import (
 from tunesmith.session.inputs import build_renderer
 
 TOKENIZER_FILE = "tokenizer.json"
-OWN_FIELDS: Json = {"schema": None, "weights_sha256": ""}
+ADAPTER_FIELDS: Json = {"schema": None, "weights_sha256": ""}
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +218,7 @@ def _refuse_other_weights(adapter: AdapterFolder, provenance: Provenance) -> Non
 def _check_record(folder: Path, renderer: Renderer, base: BaseSource) -> None:
     """Check the record of an adapter against the base, once for all that have the same but for
     schema and weights: its prompts are rendered again. Raises InputError."""
-    common = read_json_object(folder / PROVENANCE_FILE) | OWN_FIELDS
+    common = read_json_object(folder / PROVENANCE_FILE) | ADAPTER_FIELDS
     record = json.dumps(common, sort_keys=True)
     key = hashlib.sha256(f"{renderer.fingerprint} {record}".encode()).hexdigest()
     if key not in base.checked_records:

@@ -44,6 +44,7 @@ SPELLINGS: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "chat_template_kwargs": ([{"enable_thinking": False}], {}),
     "add_tokens": (["<a>,<b>", ["<a>", "<b>"], "<a>, <b>"], {}),
     "response_schema": (["s.json"], {}),
+    "group": (["author"], {}),
     "train_on": (["user", ["user"], "human", ["human"]], {}),
     "max_length": ([64, "64"], {"pack_length": "128"}),
     "on_overlong": (["truncate"], {}),

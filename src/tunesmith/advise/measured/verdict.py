@@ -156,10 +156,10 @@ def collect_candidates(
     for result in results:
         candidate = result.arm.row_key if result.arm.examples else result.arm
         grouped.setdefault(candidate, []).append(result)
-    return {
-        candidate: (grader.grade(each), tuple(result.arm for result in each))
-        for candidate, each in grouped.items()
-    }
+    candidates: dict[Arm, tuple[MetricValues, tuple[Arm, ...]]] = {}
+    for candidate, each in grouped.items():
+        candidates[candidate] = (grader.grade(each), tuple(result.arm for result in each))
+    return candidates
 
 
 def split_items(ids: Sequence[str], groups: Sequence[str] = ()) -> frozenset[str]:
@@ -193,16 +193,13 @@ def choose_options(values: Mapping[Arm, MetricValues], choosing: frozenset[str])
         rows = [row for row, item in enumerate(ids) if item in judging - choosing]
         judged[kind] = select_items(values[arm], rows)
     kinds = tuple(judged)
-    return [
-        Option(
-            approach=kind,
-            arm=arms[kind],
-            candidates=len(candidates[kind]),
-            score=compute_score(judged[kind]),
-            gains=tuple(compare_measurements(judged[kind], judged[k]) for k in kinds[index + 1 :]),
-        )
-        for index, kind in enumerate(kinds)
-    ]
+    options: list[Option] = []
+    for index, kind in enumerate(kinds):
+        gains = (compare_measurements(judged[kind], judged[other]) for other in kinds[index + 1 :])
+        score = compute_score(judged[kind])
+        option = Option(kind, arms[kind], len(candidates[kind]), score, gains=tuple(gains))
+        options.append(option)
+    return options
 
 
 @dataclass(frozen=True)
@@ -262,7 +259,8 @@ def make_decision(
     is_final = conclusion == "sft" or (target is not None and criterion.is_enough(chosen))
     needed: int | None = None
     if chosen.score.independent < MIN_ITEMS:
-        conclusion, needed = "undecided", MIN_ITEMS
+        conclusion = "undecided"
+        needed = MIN_ITEMS
     elif conclusion == "undecided":
         needed = criterion.count_items(chosen)
     elif untried and not is_final:

@@ -153,7 +153,7 @@ def _parse_bytes(value: Any) -> int:
 def _parse_params(value: Any) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([mb])", str(value).strip().lower(), re.ASCII)
     if match is None:
-        raise ValueError(f"{str(value)!r:.60} is no model size; write 135M or 7B")
+        raise ValueError(f"{str(value)!r:.60} is not a model size; write 135M or 7B")
     return _parse_count(round(float(match[1]) * {"m": 10**6, "b": 10**9}[match[2]]))
 
 

@@ -104,7 +104,8 @@ class Numbers:
 
     @property
     def is_too_large(self) -> bool:
-        params, memory = self.facts.params, self.facts.device_memory
+        params = self.facts.params
+        memory = self.facts.device_memory
         return params is not None and memory is not None and params * QUANTIZED_BYTES > memory
 
     @property

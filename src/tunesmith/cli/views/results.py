@@ -170,7 +170,8 @@ def render_run_record(record: RunRecord) -> RenderableType:
     if record.shared_tokens:
         parts.append(format_shared_prefixes(record))
     speed = record.tokens / max(record.train_seconds, 1e-9)
-    steps, duration = format_count(record.steps, "step"), format_duration(record.train_seconds)
+    steps = format_count(record.steps, "step")
+    duration = format_duration(record.train_seconds)
     parts.append(f"{steps}, {speed:,.0f} tokens/s: {duration} of training")
     if record.total_seconds:
         total = format_duration(record.total_seconds)

@@ -240,9 +240,9 @@ class GuardedTraining:
     # ------------------------------------------------------------ evaluation
 
     def _judge_non_finite(self, error: GateError) -> CheckResult:
-        """Return the verdict on values that are not finite. Raise the error without a checkpoint to
-        go back to."""
-        if self._find_good_step() is None:
+        """Return the verdict on values that are not finite. Raise the error without a guard, or
+        without a checkpoint to go back to."""
+        if self.plan.config.guard_collapse == OFF or self._find_good_step() is None:
             raise error
         level = "rollback" if self.plan.config.guard_collapse == "rollback" else "stop"
         return CheckResult("non-finite", level, error.message, self.loop.step)

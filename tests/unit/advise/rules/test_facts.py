@@ -65,7 +65,7 @@ def test_values_are_parsed(facts: dict[str, Any], name: str, value: Any) -> None
             {"need": "domain", "raw_text": "many"},
             r"'many' is not a whole number; write a size as 300KB",
         ),
-        ({"need": "on-device", "params": 7}, r"'7' is no model size; write 135M or 7B"),
+        ({"need": "on-device", "params": 7}, r"'7' is not a model size; write 135M or 7B"),
         ({"need": "tone", "private": "maybe"}, r"'maybe' is neither yes nor no"),
         ({"need": "tone", "raw_text": 1, "raw-text": 2}, r"duplicate fact 'raw_text'"),
         (
