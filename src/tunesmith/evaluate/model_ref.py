@@ -245,7 +245,9 @@ def compare_models(refs: Sequence[ModelRef], results: Sequence[EvalResults]) -> 
     comparisons = [compare_measurements(first, second) for first, second in pairs]
     if trained := _list_trained_apart(refs):
         spreads = read_spreads(trained)
-        comparisons = [add_seed_noise(each, spreads.get(each.metric)) for each in comparisons]
+        comparisons = [
+            add_seed_noise(c, spreads.get((c.after.task, c.metric))) for c in comparisons
+        ]
         notes.append(_describe_seeds(comparisons, spreads))
     p_values = [compute_p_value(comparison) for comparison in comparisons]
     first, second = names
@@ -262,9 +264,12 @@ def _list_trained_apart(refs: Sequence[ModelRef]) -> list[Path]:
     return runs if is_apart and not any(map(is_staged, runs)) else []
 
 
-def _describe_seeds(comparisons: Sequence[Comparison], spreads: Mapping[str, SeedSpread]) -> str:
+def _describe_seeds(
+    comparisons: Sequence[Comparison], spreads: Mapping[tuple[str, str], SeedSpread]
+) -> str:
     """Return where the variance between seeds is from, which two runs cannot show."""
-    measured = [spreads[each.metric] for each in comparisons if each.metric in spreads]
+    keys = [(each.after.task, each.metric) for each in comparisons]
+    measured = [spreads[key] for key in keys if key in spreads]
     if measured:
         seeds = max(spread.degrees for spread in measured) + 1
         return f"intervals are for other seeds, too: by {seeds} runs here that differ in the seed"

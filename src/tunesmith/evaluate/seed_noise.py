@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tunesmith.core.errors import InputError
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.json_io import dump_json, read_json
-from tunesmith.core.run_dir import RECORD_FILE, is_staged, read_run_record
+from tunesmith.core.run_dir import RECORD_FILE, is_staged, read_run_plan, read_run_record
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.evaluate.statistics import (
@@ -93,11 +94,11 @@ def add_seed_noise(
     )
 
 
-def read_spreads(runs: Sequence[Path]) -> dict[str, SeedSpread]:
-    """Return metric -> spread between seeds, from the finished runs beside these and from the
-    sweeps there: runs on the same model and rows whose recipes differ in the seed alone."""
-    first = read_run_record(runs[0]).plan
-    values: defaultdict[str, defaultdict[bytes, dict[object, float]]]
+def read_spreads(runs: Sequence[Path]) -> dict[tuple[str, str], SeedSpread]:
+    """Return (task, metric) -> spread between seeds, from the finished runs beside these and from
+    the sweeps there: runs on the same model and rows whose recipes differ in the seed alone."""
+    first = read_run_plan(runs[0])
+    values: defaultdict[tuple[str, str], defaultdict[bytes, dict[object, float]]]
     values = defaultdict(lambda: defaultdict(dict))
     for record in _iter_records({run.resolve().parent for run in runs}):
         plan = record.plan
@@ -107,8 +108,8 @@ def read_spreads(runs: Sequence[Path]) -> dict[str, SeedSpread]:
             family = dump_json(sorted(identify_run(plan, "seed").items()))
             scores = [comparison.after for comparison in record.comparisons]
             for score in (*scores, *record.kl_scores):
-                values[score.metric][family][plan.recipe.get("seed", 0)] = score.value
-    spreads: dict[str, SeedSpread] = {}
+                values[score.task, score.metric][family][plan.recipe.get("seed", 0)] = score.value
+    spreads: dict[tuple[str, str], SeedSpread] = {}
     for metric, families in values.items():
         if spread := compute_spread([list(by_seed.values()) for by_seed in families.values()]):
             spreads[metric] = spread
@@ -119,5 +120,9 @@ def _iter_records(folders: Iterable[Path]) -> Iterable[RunRecord]:
     for folder in sorted(folders):
         for pattern in ("*", "*/trial-*"):
             for file in sorted(folder.glob(f"{pattern}/{RECORD_FILE}"))[:MAX_RUNS]:
-                if not is_staged(file.parent):
+                if is_staged(file.parent):
+                    continue
+                try:
                     yield read_run_record(file.parent)
+                except InputError:  # damaged, or of another format
+                    continue

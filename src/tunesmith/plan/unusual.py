@@ -46,5 +46,5 @@ def list_unusual(context: RuleContext) -> Iterator[str]:
     )
     for key, is_unusual, why in unusual:
         if is_unusual and value[key].decided_by == "user":
-            by_rule = rules[key](context).value if key in rules else "-"
+            by_rule = rules[key](context).value
             yield f"{key} {context[key]:g}: {why}; the rule gives {by_rule:g}"

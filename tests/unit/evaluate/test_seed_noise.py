@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fake_runs import PLAN, make_comparison, make_record, write_run
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.model_ref import ModelRef, compare_models
 from tunesmith.evaluate.regression_gate import build_gates
 from tunesmith.evaluate.results import EvalResults, MetricValues, compare_measurements
-from tunesmith.evaluate.seed_noise import SeedSpread, add_seed_noise, compute_spread
+from tunesmith.evaluate.seed_noise import SeedSpread, add_seed_noise, compute_spread, read_spreads
 from tunesmith.evaluate.statistics import (
     compute_p_value,
     describe_evidence,
@@ -51,6 +53,25 @@ def test_the_spread_is_pooled_within_recipes() -> None:
     spread = compute_spread([[1.0, 1.2], [5.0, 5.0, 5.3], [9.0]])
     assert spread is not None
     assert (spread.sd, spread.degrees) == (pytest.approx(((0.02 + 0.06) / 3) ** 0.5), 3)
+
+
+def test_runs_beside_show_the_spread_by_task_and_a_damaged_one_is_passed_over(
+    tmp_path: Path,
+) -> None:
+    """Test rows and general text may have the same metric."""
+    for seed, (test, general) in enumerate([(0.5, 1.0), (0.9, 1.1)]):
+        plan = replace(PLAN, recipe={"model": "tiny", "seed": seed})
+        comparisons = (
+            make_comparison("bits_per_byte", 2.0, test, 0.1, higher_is_better=False),
+            make_comparison("bits_per_byte", 0.9, general, 0.1, task="general text"),
+        )
+        record = make_record(plan, comparisons=comparisons)
+        write_run(tmp_path / f"run-{seed}", plan=plan, record=record)
+    damaged = write_run(tmp_path / "run-2", record=make_record())
+    (damaged / "record.json").write_text("{")
+    spreads = read_spreads([tmp_path / "run-0", tmp_path / "run-1"])
+    sds = {task: spreads[task, "bits_per_byte"].sd for task in ("test", "general text")}
+    assert sds == {"test": pytest.approx(0.4 / 2**0.5), "general text": pytest.approx(0.1 / 2**0.5)}
 
 
 def test_the_interval_holds_for_other_seeds() -> None:
