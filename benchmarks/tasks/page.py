@@ -95,8 +95,11 @@ def iter_steps(result: Result) -> Iterator[str]:
 def _count(results: list[Result]) -> Iterator[str]:
     steps = [arm for result in results for arm in result["arms"][1:]]
     covered = [each for each in map(has_covered, steps) if each is not None]
-    yield f"{len(results)} of {len(TASKS)} tasks have run, with {len(steps)} steps of advice: "
-    yield f"{sum(map(is_worse, steps))} made a graded metric significantly worse by `tunesmith "
+    yield f"{len(results)} of {len(TASKS)} tasks have run, with {len(steps)} steps of advice"
+    if not steps:
+        yield ".\n\n"
+        return
+    yield f": {sum(map(is_worse, steps))} made a graded metric significantly worse by `tunesmith "
     yield f"compare`; {sum(covered)} of {len(covered)} forecasts held the change.\n\n"
 
 
