@@ -17,13 +17,13 @@ from math import inf
 from pathlib import Path
 from shlex import quote
 
+from tunesmith.core.errors import InputError
 from tunesmith.core.events import EVAL_TASK, GENERAL_TASK
 from tunesmith.core.evidence import ErrorAnalysis, NextStep, Shortcut, VerdictName
 from tunesmith.core.formatting import format_count
 from tunesmith.core.run_dir import (
     EVENTS_FILE,
     RECIPE_FILE,
-    RECORD_FILE,
     RESOLVED_FILE,
     is_staged,
     read_events,
@@ -155,13 +155,15 @@ class Facts:
     def describe_tried(self, flag: str, tried: Path) -> NextStep:
         reason = f"{flag} was tried in {tried}"
         now = self.deciding
-        if now is None or not (tried / RECORD_FILE).is_file():
-            reason += ", which has no result"
-            return NextStep(reason, f"tunesmith report {quote(str(tried))}")
-        for each in read_run_record(tried).comparisons:
-            if (each.task, each.metric) == (now.task, now.metric):
-                reason += f": {now.task} {now.metric} {each.after.value:.3f}"
-                reason += f", {now.after.value:.3f} here"
+        try:
+            comparisons = read_run_record(tried).comparisons
+        except InputError:  # unfinished, or damaged
+            command = f"tunesmith report {quote(str(tried))}"
+            return NextStep(f"{reason}, which has no result", command)
+        for each in comparisons:
+            if now and (each.task, each.metric) == (now.task, now.metric):
+                values = f"{each.after.value:.3f}, {now.after.value:.3f} here"
+                reason += f": {now.task} {now.metric} {values}"
         return NextStep(reason, f"tunesmith compare {self.folder} {quote(str(tried))}")
 
     def build_split(self, reason: str) -> NextStep:

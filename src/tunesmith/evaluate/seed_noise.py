@@ -25,11 +25,7 @@ from tunesmith.core.json_io import dump_json, read_json
 from tunesmith.core.run_dir import RECORD_FILE, is_staged, read_run_plan, read_run_record
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
-from tunesmith.evaluate.statistics import (
-    Z,
-    compute_detectable_difference,
-    compute_t_quantile,
-)
+from tunesmith.evaluate.statistics import Z, compute_detectable_difference, compute_t_quantile
 from tunesmith.plan.resolved import identify_run
 
 NOISE_FILE = Path(__file__).with_name("seed_noise.json")

@@ -227,6 +227,8 @@ def test_a_step_that_was_tried_is_told_and_not_advised(tmp_path: Path) -> None:
         "here"
     )
     assert first.command == f"tunesmith compare {run} '{tmp_path}/other name'"
+    (tmp_path / "other name" / "record.json").write_text("{")
+    assert read_verdict(run).next_steps[0].reason.endswith("which has no result")
     (tmp_path / "other name" / "record.json").unlink()
     assert read_verdict(run).next_steps[0].reason.endswith("which has no result")
     # another file, another setting, or another format: not the same step
