@@ -98,7 +98,7 @@ class Shortcut:
 
 @dataclass(frozen=True)
 class Floor:
-    """What a rule without a model reaches on the same items, and the model's lead (paired CI)."""
+    """Hold what a rule without a model reaches on the same items, and the model's lead."""
 
     name: str
     value: float

@@ -15,7 +15,7 @@ MAX_ROWS = 20_000  # of a data set, drawn at random
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """What is asked last, and the answer."""
+    """Hold what is asked last, and the answer."""
 
     prompt: str
     answer: str

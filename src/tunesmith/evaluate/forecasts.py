@@ -47,7 +47,7 @@ class Trend:
 
     @property
     def gain(self) -> float:
-        """By how much the end is better than the half."""
+        """Return by how much the end is better than the half."""
         return _count_gain(self.half, self.end)
 
     @property
@@ -56,7 +56,7 @@ class Trend:
 
     @property
     def is_worsening(self) -> bool:
-        """Whether the best was in the first half, and the end is worse beyond the noise."""
+        """Return whether the best was in the first half, and the end is worse beyond noise."""
         is_early = self.best.step <= self.half.step
         return is_early and _count_gain(self.end, self.best) > self.noise
 

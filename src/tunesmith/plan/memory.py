@@ -119,7 +119,7 @@ class Footprint:
 
     @property
     def activation_settings(self) -> ActivationSettings:
-        """What decides the activations. Full fine-tuning reads the inputs of all linears."""
+        """Return what decides the activations. Full fine-tuning reads the inputs of all linears."""
         return ActivationSettings(
             self.dtype_bytes, self.targets, self.use_dora, checkpointing=self.gradient_checkpointing
         )
@@ -146,7 +146,7 @@ class MemoryParts:
 
     @property
     def step(self) -> int:
-        """What a step holds, and answers do not."""
+        """Return what a step holds, and answers do not."""
         return self.activations + self.head + self.fragments
 
     @property
@@ -155,7 +155,7 @@ class MemoryParts:
 
     @property
     def fixed(self) -> int:
-        """What is there between two steps."""
+        """Return what is there between two steps."""
         return self.peak - self.step - self.cache
 
     def to_dict(self) -> dict[str, int]:

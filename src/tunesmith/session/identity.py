@@ -61,7 +61,7 @@ SAMPLE_PROMPTS: tuple[tuple[Json, ...], ...] = (
 
 @dataclass(frozen=True)
 class Identity:
-    """What weights belong to. `renderer` is a hash over everything that rendering depends on, named
+    """Say what weights belong to. `renderer` is a hash over all that rendering depends on, named
     special tokens included; `config` has the keys that change the forward. A fingerprint, a
     checkpoint and a provenance have these keys, too."""
 
