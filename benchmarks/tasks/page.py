@@ -56,18 +56,6 @@ def select_graded(measures: Sequence[Result]) -> list[Result]:
     return graded or tested
 
 
-def is_worse(arm: Result) -> bool:
-    return any(change["verdict"] == "worse" for change in select_graded(arm.get("against", ())))
-
-
-def has_covered(arm: Result) -> bool | None:
-    """Return whether the change of a step is in its forecast; None without one of them."""
-    changes = {each["metric"]: each["difference"] for each in arm.get("against", ())}
-    if arm.get("low") is None or arm["metric"] not in changes:
-        return None
-    return arm["low"] <= changes[arm["metric"]] <= arm["high"]
-
-
 def iter_arm_cells(results: list[Result]) -> Iterator[tuple[str, ...]]:
     for result in results:
         for arm in result["arms"]:
@@ -90,17 +78,21 @@ def iter_arm_cells(results: list[Result]) -> Iterator[tuple[str, ...]]:
 def iter_steps(result: Result) -> Iterator[str]:
     for arm in result["arms"][1:]:
         yield f"- {result['task']}, {arm['arm']}: {arm['reason']}\n  `{arm['command']}`\n"
+        if "measured" in arm:
+            steps, seconds = arm["measured"]["steps"], arm["measured"]["seconds"]
+            yield f"  forecast: {steps[0]} steps, {seconds[0] or 0:.0f} s; "
+            yield f"it took {steps[1]}, {seconds[1]:.0f} s\n"
 
 
 def _count(results: list[Result]) -> Iterator[str]:
-    steps = [arm for result in results for arm in result["arms"][1:]]
-    covered = [each for each in map(has_covered, steps) if each is not None]
-    yield f"{len(results)} of {len(TASKS)} tasks have run, with {len(steps)} steps of advice"
-    if not steps:
-        yield ".\n\n"
-        return
-    yield f": {sum(map(is_worse, steps))} made a graded metric significantly worse by `tunesmith "
-    yield f"compare`; {sum(covered)} of {len(covered)} forecasts held the change.\n\n"
+    steps = [arm["measured"] for result in results for arm in result["arms"] if "measured" in arm]
+    held = [each["held"] for each in steps if each["held"] is not None]
+    yield f"{len(results)} of {len(TASKS)} tasks have run, with {len(steps)} steps that train"
+    if steps:
+        worse = sum(bool(each["worse"]) for each in steps)
+        yield f": {worse} made a graded metric significantly worse by its items; "
+        yield f"{sum(held)} of {len(held)} forecasts held the change"
+    yield ".\n\n"
 
 
 # ---------------------------------------------------------------- guard

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import date
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +32,7 @@ from typing import Any
 from benchmarks.tasks.build import OUT
 from benchmarks.tasks.make import TASKS
 from benchmarks.tasks.page import write_page
+from benchmarks.tasks.scores import score_step
 
 from tunesmith.core.events import CheckResult, Rollback
 from tunesmith.core.json_io import parse_as, read_json
@@ -104,6 +106,7 @@ def run_arm(folder: Path, step: Result, arms: list[Result]) -> Result:
         last = next((each["run"] for each in reversed(arms) if each.get("scores")), "")
         if last and result["scores"]:
             result["against"] = compare(folder, last, run)
+            result["measured"] = asdict(score_step(folder / last, folder / run))
     return result
 
 

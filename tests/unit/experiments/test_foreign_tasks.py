@@ -113,15 +113,18 @@ def test_the_page_counts_harm_and_forecasts_that_held(tmp_path: Path):
     default = {"arm": "default", "exit": 0, "minutes": 5.0, "scores": [score], "verdict": "ready"}
     step = {**default, "arm": "step 1", "reason": "train longer", "command": "tunesmith train r"}
     step |= {"metric": "test exact_match", "low": -0.05, "high": 0.1}
-    step["against"] = [{**change, "verdict": "worse"}]
+    step["against"] = [{**change, "verdict": "seed noise unknown"}]
+    step["measured"] = {"held": False, "worse": ["test exact_match"]}
+    step["measured"] |= {"steps": [20, 20], "seconds": [60.0, 66.0]}
     page = tmp_path / "tasks.md"
 
     write_page(page, "| tasks |\n", [{"task": "tools", "arms": [default, step], "guard": []}])
 
     text = page.read_text("utf-8")
-    assert "1 steps of advice: 1 made a graded metric significantly worse" in text
+    assert "1 steps that train: 1 made a graded metric significantly worse" in text
     assert "0 of 1 forecasts held the change" in text
-    assert "| -0.050 to +0.100 | -0.200 [-0.300, -0.100], worse |" in text
+    assert "forecast: 20 steps, 60 s; it took 20, 66 s" in text
+    assert "| -0.050 to +0.100 | -0.200 [-0.300, -0.100], seed noise unknown |" in text
 
 
 def test_spoiled_rows_have_the_answers_of_other_rows(tmp_path: Path):
