@@ -90,6 +90,8 @@ class DataReport:
     banned: dict[str, int] = field(default_factory=dict[str, int])
     task_rows: dict[str, int] = field(default_factory=dict[str, int])  # task -> rows
     task_tokens: dict[str, int] = field(default_factory=dict[str, int])  # task -> tokens
+    # label, secrets masked -> training rows, of at most 20,000; empty if answers are no labels
+    labels: dict[str, int] = field(default_factory=dict[str, int])
 
 
 # ---------------------------------------------------------------- plan

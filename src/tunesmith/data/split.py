@@ -22,11 +22,11 @@ import numpy as np
 
 from tunesmith.core.atomic import atomic_dir
 from tunesmith.core.errors import InputError
-from tunesmith.data.checks.labels import build_label_map
 from tunesmith.data.checks.minhash import UnionFind
 from tunesmith.data.checks.text_stats import TextStats, compute_digest, compute_text_stats
 from tunesmith.data.constraints import ConstraintCounts
 from tunesmith.data.dataset import Dataset
+from tunesmith.data.labels import read_labels
 from tunesmith.data.readers.invalid_row import RejectedRows
 
 SPLITS = ("train", "eval", "test")
@@ -183,10 +183,8 @@ def _compute_strata(dataset: Dataset, stats: TextStats, key: str | None) -> list
     """Return the stratum of each row: the value of the key, or its label if answers are labels."""
     if key is not None:
         return [value.strip('"') for value in iter_values(dataset, key)]
-    label_names = build_label_map(dataset, stats.roles[ROLE])
-    if not label_names:
-        return [""] * len(dataset)
-    return [label_names.get(int(answer), "") for answer in stats.roles[ROLE].answer_digests_N]
+    labels = {compute_digest(" ".join(each.lower().split())): each for each in read_labels(dataset)}
+    return [labels.get(answer, "") for answer in stats.roles[ROLE].answer_digests_N.tolist()]
 
 
 def assign_splits(

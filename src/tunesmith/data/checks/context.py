@@ -7,7 +7,7 @@ should stop a run."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,8 @@ class CheckContext:
     validator: Validator | None  # for the recipe's response_schema
     # of all rows of all roles; None before a run, which checks only the scan
     text_stats: TextStats | None = None
+    # label -> training rows; empty if their answers are no labels
+    labels: dict[str, int] = field(default_factory=dict[str, int])
 
 
 def choose_level(count: int, total: int) -> Level:

@@ -1,11 +1,11 @@
-"""Checks of answers that are labels, and of fields of JSON answers.
+"""Checks of answers that are labels (data/labels.py), and of fields of JSON answers.
 
-Rows are a classification if most answers are short and occur at least MIN_LABEL_ROWS times. Where
-one value of a field is so frequent that a constant would score well, training rewards it."""
+Where one value of a field is so frequent that a constant would score well, training rewards it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -14,25 +14,18 @@ from tunesmith.data.answer_values import ANSWER, LOPSIDED_SHARE, ValueCounts, sp
 from tunesmith.data.checks.context import (
     MAX_NAMED_ROWS,
     CheckContext,
-    Level,
     get_answer,
-    list_row_ids,
     make_row_finding,
 )
 from tunesmith.data.checks.ngrams import hash_words
 from tunesmith.data.checks.pii import mask_secrets
-from tunesmith.data.checks.text_stats import (
-    RoleTextStats,
-    extract_row_texts,
-)
-from tunesmith.data.dataset import Dataset
+from tunesmith.data.checks.text_stats import extract_row_texts
+from tunesmith.data.labels import iter_answers
 from tunesmith.data.rehearsal import REHEARSAL_ROLE
 from tunesmith.data.sampler import permute_rows
 
-MIN_LABEL_ROWS = 10  # per label
-MAX_LABELS = 200
-MAX_LABEL_CHARS = 80  # median
-SHOWN_LABELS = 8
+SHOWN_LABELS = 10
+SHOWN_CHARS = 30
 MAX_MAJORITY_SHARE = 0.8
 MIN_CLASS_ROWS = 10
 # A label is copied if it is in this share of prompts, and other labels are in fewer than that.
@@ -41,68 +34,57 @@ MAX_OTHER_SHARE = 0.2
 SAMPLE_ROWS = 500  # read again
 
 
-def find_labels(context: CheckContext) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return (first row of each label, rows of each label), most frequent first, or None if the
-    answers are not labels."""
-    if context.text_stats is None:
-        return None
-    return _find_labels(context.dataset, context.text_stats.roles[context.role])
-
-
-def _find_labels(dataset: Dataset, stats: RoleTextStats) -> tuple[np.ndarray, np.ndarray] | None:
-    if len(dataset) < 2 * MIN_LABEL_ROWS or all(part.format == "text" for part in dataset.parts):
-        return None
-    _, first_K, counts_K = np.unique(stats.answer_digests_N, return_index=True, return_counts=True)
-    num_labelled = counts_K[counts_K >= MIN_LABEL_ROWS].sum()
-    is_short = float(np.median(stats.answer_chars_N)) <= MAX_LABEL_CHARS
-    if not is_short or len(counts_K) > MAX_LABELS or num_labelled < 0.5 * len(dataset):
-        return None
-    order_K = np.argsort(-counts_K, kind="stable")
-    return first_K[order_K], counts_K[order_K]
-
-
-def build_label_map(dataset: Dataset, stats: RoleTextStats) -> dict[int, str]:
-    """Map the digest of each answer to its label; empty if the answers are not labels."""
-    labels = _find_labels(dataset, stats)
-    if labels is None:
-        return {}
-    return {int(stats.answer_digests_N[row]): read_label(dataset, int(row)) for row in labels[0]}
-
-
-def read_label(dataset: Dataset, row: int) -> str:
-    return " ".join(extract_row_texts(dataset.read_example(row)).answer.split())
-
-
-def read_masked_label(dataset: Dataset, row: int, max_chars: int) -> str:
-    """Return the label as it may be shown. It is cut after masking, so that no part of a secret is
-    left."""
-    return mask_secrets(read_label(dataset, row))[:max_chars]
-
-
 def check_classes(context: CheckContext) -> Iterator[Finding]:
-    """Class balance: a majority label, and labels with few rows."""
-    labels = find_labels(context)
-    if labels is None:
+    """Labels and their rows: a majority, few rows, spelling, and what training rows do not have."""
+    if not context.labels or context.role == REHEARSAL_ROLE:
         return
-    first_K, counts_K = labels
-    num_rows = int(counts_K.sum())
-    shares: list[str] = []
-    for row, count in zip(first_K[:SHOWN_LABELS].tolist(), counts_K.tolist(), strict=False):
-        shares.append(f"{read_masked_label(context.dataset, row, 30)!r} {count / num_rows:.1%}")
-    more = f", and {len(first_K) - SHOWN_LABELS} more" if len(first_K) > SHOWN_LABELS else ""
-    message = f"{len(first_K)} labels: {', '.join(shares)}{more}"
-    rare = np.flatnonzero(counts_K < MIN_CLASS_ROWS)
-    level: Level = "info"
-    fix = ""
-    if len(rare):
-        level = "warn"
-        message += f"; {len(rare)} with fewer than {MIN_CLASS_ROWS} rows"
-        fix = "add rows for rare labels, or correct misspelled ones"
-    if counts_K[0] > MAX_MAJORITY_SHARE * num_rows:
-        level = "warn"
-        fix = "evaluate per label, not by accuracy; add rows for the others, or drop some"
-    rare_ids = list_row_ids(context.dataset, first_K[rare])
-    yield Finding("classes", level, message, int(counts_K[rare].sum()), rare_ids, fix)
+    is_trained = context.role == "data"
+    rows = [(row, answer.strip()) for row, answer in iter_answers(context.dataset)]
+    counts = Counter(label for _, label in rows)
+    message = f"{len(counts)} labels: {_list_labels(counts, total=len(rows))}"
+    fixes: list[str] = []
+    if is_trained and max(counts.values()) > MAX_MAJORITY_SHARE * len(rows):
+        fixes.append("read macro_f1 and the recall of each label, not accuracy alone")
+    if is_trained:
+        odd = {label: n for label, n in counts.items() if n < MIN_CLASS_ROWS}
+        words = (f"fewer than {MIN_CLASS_ROWS} rows", "add rows for rare labels")
+    else:
+        odd = {label: n for label, n in counts.items() if label not in context.labels}
+        words = ("in no training row", "correct these labels, or add training rows with them")
+    if odd:
+        message += f"; {words[0]}: {_list_labels(odd)}"
+        fixes.append(words[1])
+    if variants := _find_variants({**context.labels, **counts}):
+        message += f"; the same up to case and space, but graded as different: {variants}"
+        fixes.append("write each label in one way")
+    odd_rows = np.array(sorted(row for row, label in rows if label in odd), dtype=np.int64)
+    level = "warn" if fixes else "info"
+    yield make_row_finding(context, "classes", level, message, odd_rows, "; ".join(fixes))
+
+
+def _list_labels(counts: Mapping[str, int], total: int = 0) -> str:
+    """Return labels with their rows, and shares of a total; most frequent first, and cut."""
+    shown: list[str] = []
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    for label, count in ordered[:SHOWN_LABELS]:
+        share = f" ({count / total:.0%})" if total else ""
+        shown.append(f"{_mask(label)!r} {count:,}{share}")
+    more = [f"and {len(counts) - SHOWN_LABELS} more"] * (len(counts) > SHOWN_LABELS)
+    return ", ".join([*shown, *more])
+
+
+def _mask(label: str) -> str:
+    """Return a label as it may be shown, cut after masking so that no part of a secret is left."""
+    return mask_secrets(label)[:SHOWN_CHARS]
+
+
+def _find_variants(labels: Iterable[str]) -> str:
+    """Return the labels that differ only by case or white space, such as `'Net' = 'net'`."""
+    spellings: dict[str, list[str]] = {}
+    for label in labels:
+        spellings.setdefault("".join(label.casefold().split()), []).append(label)
+    same = [group for group in spellings.values() if len(group) > 1]
+    return ", ".join(" = ".join(repr(_mask(label)) for label in group) for group in same)
 
 
 MAX_ROWS = 20_000  # that are read, drawn at random
@@ -163,11 +145,10 @@ def _has_other_value(context: CheckContext, row: int, name: str, value: str) -> 
 
 def check_label_in_prompt(context: CheckContext) -> Iterator[Finding]:
     """Prompts that contain their label but no other, so that only copying is learned."""
-    label_groups = find_labels(context)
-    if label_groups is None or len(label_groups[0]) < 2:
+    if context.text_stats is None or context.role == REHEARSAL_ROLE or not context.labels:
         return
     dataset = context.dataset
-    labels = {tuple(hash_words(read_label(dataset, int(row))).tolist()) for row in label_groups[0]}
+    labels = {tuple(hash_words(label).tolist()) for label in context.labels}
     label_lengths = {len(label) for label in labels}
     copied_rows: list[int] = []
     other_share = 0.0
@@ -181,7 +162,7 @@ def check_label_in_prompt(context: CheckContext) -> Iterator[Finding]:
         answer_label = tuple(hash_words(row.answer).tolist())
         if answer_label in ngrams:
             copied_rows.append(index)
-        other_share += len((labels - {answer_label}) & ngrams) / (len(labels) - 1)
+        other_share += len((labels - {answer_label}) & ngrams) / max(1, len(labels) - 1)
     is_copied = len(copied_rows) > MIN_COPIED_SHARE * len(sample)
     if is_copied and other_share < MAX_OTHER_SHARE * len(sample):
         message = (

@@ -26,6 +26,7 @@ from tunesmith.data.checks.text_stats import compute_text_stats
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.formats.few_shot import remove_shots
 from tunesmith.data.json_schema import make_validator
+from tunesmith.data.labels import read_labels
 from tunesmith.data.length_stats import (
     DatasetScan,
     compute_percentiles,
@@ -55,12 +56,13 @@ def check_data(
     text_stats = None
     if should_read_all:
         text_stats = compute_text_stats(remove_shots(datasets), row_checks.get_row_finders())
+    labels = {} if corpus or schema or "data" not in datasets else read_labels(datasets["data"])
     reports: dict[str, DataReport] = {}
     for role, dataset in datasets.items():
         earlier = {name: datasets[name] for name in reports}
         scan = corpus.build_scan() if corpus and role == "data" else scan_dataset(dataset)
         role_validator = None if role == REHEARSAL else validator
-        context = CheckContext(role, dataset, scan, earlier, role_validator, text_stats)
+        context = CheckContext(role, dataset, scan, earlier, role_validator, text_stats, labels)
         findings: list[Finding] = []
         for data_check in DATASET_CHECKS.values():
             for finding in data_check(context):
@@ -68,7 +70,10 @@ def check_data(
         report = make_report(dataset, scan, findings)
         first_row = _show_beginning(dataset, scan.first_document) if role == "data" else ()
         reports[role] = dataclasses.replace(
-            report, is_fully_checked=should_read_all, first_row=first_row
+            report,
+            is_fully_checked=should_read_all,
+            first_row=first_row,
+            labels={mask_secrets(label): n for label, n in labels.items() if role == "data"},
         )
     return reports
 

@@ -285,10 +285,21 @@ def labelled(counts):
 
 def test_labels_and_how_rows_are_spread_over_them(report):
     finding = report(data=labelled({"spam": 30, "ham": 20}))["classes"]
-    assert (finding.level, finding.message) == ("info", "2 labels: 'spam' 60.0%, 'ham' 40.0%")
-    finding = report(data=labelled({"spam": 60, "ham": 12, "hma": 1}))["classes"]
-    assert (finding.level, finding.rows) == ("warn", ("data.jsonl:73",))
-    assert finding.message.endswith("1 with fewer than 10 rows")
+    message = "2 labels: 'spam' 30 (60%), 'ham' 20 (40%)"
+    assert (finding.level, finding.message) == ("info", message)
+    finding = report(data=labelled({"spam": 90, "ham": 12, "hma": 3}))["classes"]
+    assert (finding.level, finding.rows[0]) == ("warn", "data.jsonl:103")
+    assert finding.message.endswith("; fewer than 10 rows: 'hma' 3")
+    assert "macro_f1" in finding.fix
+
+
+def test_labels_of_test_rows_are_compared_with_those_of_training_rows(report):
+    training = labelled({"spam": 30, "ham": 20, "Ham": 10})
+    finding = report(data=training, test_data=labelled({"spam": 3, "ham": 1, "eggs": 1}))["classes"]
+    assert (finding.level, finding.rows) == ("warn", ("test_data.jsonl:5",))
+    assert "3 labels: 'spam' 3 (60%), 'eggs' 1 (20%)" in finding.message
+    assert "in no training row: 'eggs' 1" in finding.message
+    assert "graded as different: 'ham' = 'Ham'" in finding.message
 
 
 def test_a_label_that_stands_in_the_question(report):
