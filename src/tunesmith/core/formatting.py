@@ -85,6 +85,13 @@ def format_count(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def format_ratio(ratio: float) -> str:
+    """Format a ratio to a limit so that its side shows: 1.5 times, 0.98 times, just over."""
+    if f"{ratio:.2f}" == "1.00":
+        return "just over" if ratio > 1 else "just under"
+    return f"{ratio:.{2 if abs(ratio - 1) < 0.05 else 1}f} times"
+
+
 def format_duration(seconds: float) -> str:
     """Format a time: 4 s, 3 min 20 s, 5 h 7 min."""
     minutes, rest = divmod(round(seconds), 60)

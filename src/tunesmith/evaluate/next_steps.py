@@ -20,7 +20,7 @@ from shlex import quote
 from tunesmith.core.errors import InputError
 from tunesmith.core.events import EVAL_TASK, GENERAL_TASK
 from tunesmith.core.evidence import ErrorAnalysis, NextStep, Shortcut, VerdictName
-from tunesmith.core.formatting import format_count
+from tunesmith.core.formatting import format_count, format_ratio
 from tunesmith.core.run_dir import (
     EVENTS_FILE,
     RECIPE_FILE,
@@ -281,7 +281,7 @@ def suggest_forgetting_less(facts: Facts) -> Iterator[NextStep]:
     times = best.general_lost.value / limit if best and best.general_lost and limit else 0.0
     commands = build_commands(scales, str(facts.run))
     if commands:
-        still = f", still {times:.1f} times the limit" if times > 1 else ""
+        still = f", still {format_ratio(times)} the limit" if times > 1 else ""
         reason = f"on eval_data, {describe_recommendation(scales)}{still}: verify it"
         yield NextStep(reason, commands[0])
     if facts.general.low > limit and (not commands or times > 1):

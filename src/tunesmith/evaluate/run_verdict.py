@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tunesmith.core.events import GENERAL_TASK, TrainStep
 from tunesmith.core.evidence import ErrorAnalysis, RunVerdict, VerdictName
-from tunesmith.core.formatting import format_count
+from tunesmith.core.formatting import format_count, format_ratio
 from tunesmith.core.run_dir import (
     RECORD_FILE,
     STAGES_DIR,
@@ -478,9 +478,7 @@ def describe_cost(comparisons: Sequence[Comparison], plan: Plan) -> str:
     loss = f"General text got {general.difference / general.before.value:.1%} worse ({values})"
     if not margin:
         return f"{loss}; {owner} is 0"
-    times = general.difference / margin
-    digits = 2 if abs(times - 1) < 0.05 else 1  # "1.0 times" does not say on which side
-    return f"{loss}: {times:.{digits}f} times {owner} of {margin:g}"
+    return f"{loss}: {format_ratio(general.difference / margin)} {owner} of {margin:g}"
 
 
 def get_general(comparisons: Iterable[Comparison]) -> Comparison | None:

@@ -274,11 +274,17 @@ def test_only_answers_that_the_test_rows_expect_can_be_graded() -> None:
 
 
 def test_the_side_of_the_limit_is_told_where_it_is_close() -> None:
-    for lost, times in ((0.0195, "0.98"), (0.0205, "1.02"), (0.03, "1.5")):
+    for lost, times in (
+        (0.0195, "0.98 times"),
+        (0.01999, "just under"),
+        (0.02001, "just over"),
+        (0.0205, "1.02 times"),
+        (0.03, "1.5 times"),
+    ):
         verdict = judge(make_errors(80), make_change(0.6), make_general(lost))
-        assert f"{times} times the limit of 0.02" in verdict.cost
+        assert f"{times} the limit of 0.02" in verdict.cost
         is_beyond = verdict.next_steps[0].reason.startswith("forget less")
-        assert is_beyond == (times == "1.5"), "with the whole interval"
+        assert is_beyond == (times == "1.5 times"), "with the whole interval"
 
 
 def test_a_gain_in_form_alone_is_no_effect_and_said() -> None:

@@ -214,6 +214,7 @@ def test_other_tools_names_are_understood(tmp_path: Path) -> None:
         ("loss: {bet: 1}", "loss: unknown key 'bet'; did you mean 'beta'?"),
         ("loss: bpo", "expected 'auto' or 'dpo' or 'orpo' or 'simpo' or 'kto', found 'bpo'"),
         ("pref_beta: 1", "'pref_beta' is not a key here: set loss: {beta: ...}"),
+        ("report_to: wandb", "run `tunesmith train RECIPE --track wandb` (or tensorboard)"),
         ("eval_strategy: steps", "leave it out, or set eval_steps and save_steps"),
         ("load_best_model_at_end: true", "the checkpoint that is best on eval_data is used"),
         ("max_new_tokens: 8", "the longest expected answer sets the limit"),

@@ -11,12 +11,7 @@ import numpy as np
 
 from tunesmith.core.types import Finding
 from tunesmith.data.answer_values import ANSWER, LOPSIDED_SHARE, ValueCounts, split_fields
-from tunesmith.data.checks.context import (
-    MAX_NAMED_ROWS,
-    CheckContext,
-    get_answer,
-    make_row_finding,
-)
+from tunesmith.data.checks.context import MAX_NAMED_ROWS, CheckContext, get_answer, make_row_finding
 from tunesmith.data.checks.ngrams import hash_words
 from tunesmith.data.checks.pii import mask_secrets
 from tunesmith.data.checks.text_stats import extract_row_texts
@@ -26,6 +21,7 @@ from tunesmith.data.sampler import permute_rows
 
 SHOWN_LABELS = 10
 SHOWN_CHARS = 30
+SAME_SHARE = 0.01
 MAX_MAJORITY_SHARE = 0.8
 MIN_CLASS_ROWS = 10
 # A label is copied if it is in this share of prompts, and other labels are in fewer than that.
@@ -41,7 +37,12 @@ def check_classes(context: CheckContext) -> Iterator[Finding]:
     is_trained = context.role == "data"
     rows = [(row, answer.strip()) for row, answer in iter_answers(context.dataset)]
     counts = Counter(label for _, label in rows)
+    num_trained = sum(context.labels.values())
     message = f"{len(counts)} labels: {_list_labels(counts, total=len(rows))}"
+    if not is_trained and counts.keys() == context.labels.keys():
+        shares = [(n / len(rows), context.labels[k] / num_trained) for k, n in counts.items()]
+        if max(abs(share - trained) for share, trained in shares) <= SAME_SHARE:
+            message = f"{len(counts)} labels with the shares of data"
     fixes: list[str] = []
     if is_trained and max(counts.values()) > MAX_MAJORITY_SHARE * len(rows):
         fixes.append("read macro_f1 and the recall of each label, not accuracy alone")
@@ -58,8 +59,9 @@ def check_classes(context: CheckContext) -> Iterator[Finding]:
         message += f"; the same up to case and space, but graded as different: {variants}"
         fixes.append("write each label in one way")
     odd_rows = np.array(sorted(row for row, label in rows if label in odd), dtype=np.int64)
-    level = "warn" if fixes else "info"
-    yield make_row_finding(context, "classes", level, message, odd_rows, "; ".join(fixes))
+    yield make_row_finding(
+        context, "classes", "warn" if fixes else "info", message, odd_rows, "; ".join(fixes)
+    )
 
 
 def _list_labels(counts: Mapping[str, int], total: int = 0) -> str:

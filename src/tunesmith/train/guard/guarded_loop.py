@@ -54,7 +54,12 @@ from tunesmith.train.best_checkpoint import (
 )
 from tunesmith.train.guard.detectors import DETECTORS
 from tunesmith.train.guard.probes import GenerationProbe, build_prompt_set
-from tunesmith.train.guard.training_guard import GUARD_KIND, TrainingGuard, select_worst
+from tunesmith.train.guard.training_guard import (
+    EVALUATION_KIND,
+    GUARD_KIND,
+    TrainingGuard,
+    select_worst,
+)
 from tunesmith.train.loop import TrainingLoop
 from tunesmith.train.optimizer import SCALE_KIND
 from tunesmith.train.resume import ResumeState
@@ -340,7 +345,8 @@ class GuardedTraining:
         best = self._select_best()
         if best is not None:
             parts.append("best checkpoint so far" + f": step {best.step}" * (best.step != step))
-        summary = CheckResult(GUARD_KIND, "ok", "; ".join(parts) or "evaluated", step)
+        kind = GUARD_KIND if has_guard(self.plan) else EVALUATION_KIND
+        summary = CheckResult(kind, "ok", "; ".join(parts) or "done", step)
         self.history.append(summary)
         return summary
 
@@ -509,7 +515,7 @@ def _select_events(events: Sequence[Event], last_step: int) -> list[Event]:
     """Return the events of steps 1 to `last_step` that guard and selection depend on."""
     selected: list[Event] = []
     for event in events:
-        is_verdict = isinstance(event, CheckResult) and event.kind == GUARD_KIND
+        is_verdict = isinstance(event, CheckResult) and event.kind in (GUARD_KIND, EVALUATION_KIND)
         is_answer = isinstance(event, GenerationSample) and event.task == EVAL_TASK
         is_needed = is_verdict or is_answer or isinstance(event, TrainStep | Score)
         if 0 < event.step <= last_step and is_needed:

@@ -28,6 +28,7 @@ from tunesmith.train.guard.detectors import DETECTORS, Family, GuardHistory, can
 
 # The kind of the verdict that closes an evaluation; other verdicts carry their detector's name.
 GUARD_KIND = "guard"
+EVALUATION_KIND = "evaluation"  # that no guard judged
 # They see a moving average, which lags.
 ONSET_DETECTORS = {"loss rise", "loss above start"}
 

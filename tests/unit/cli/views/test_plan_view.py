@@ -68,20 +68,20 @@ def test_a_plan_without_warnings_has_twelve_lines_of_eighty_columns() -> None:
         warnings=(),
         disk_bytes=10**9,
         seconds=(93.0,),
-        seconds_source="at the speed of demo-1 (few: another load changes the forecast)",
+        seconds_source="at 15 to 40% of its bf16 rate (published for well-tuned runs)",
         phase_bytes={"step": 10**9, "longest row": 10**8, "generation": 2 * 10**9},
     )
     lines = render_text(render_plan(plan), width=80).splitlines()
     assert len(lines) == 12
     assert all(len(line.rstrip()) <= 80 for line in lines)
     assert lines[0].split() == ["setting", "value", "reason"]
-    assert lines[-3].rstrip() == "about 1 min 33 s of training, at the speed of demo-1"
+    assert lines[-3].rstrip() == "about 1 min 33 s of training, at 15 to 40% of its bf16 rate"
     assert lines[-2].rstrip() == "peak memory 1.9 GB of 8.6 GB free (in the generation)"
     hidden = len(plan.settings) - 7
     # of which output_dir, seed and stage are set by every recipe
     assert lines[-1].startswith(f"{hidden} more settings, {hidden - 3} set by you: --all")
     whole = " ".join(render_text(render_plan(plan, show_all=True), width=200).split())
-    assert "at the speed of demo-1 (few: another load changes the forecast)" in whole
+    assert "at 15 to 40% of its bf16 rate (published for well-tuned runs)" in whole
     assert "step 1.0 GB, longest row 100.0 MB, generation 2.0 GB" in whole
 
 

@@ -302,6 +302,14 @@ def test_labels_of_test_rows_are_compared_with_those_of_training_rows(report):
     assert "graded as different: 'ham' = 'Ham'" in finding.message
 
 
+def test_equal_shares_of_labels_are_told_once(report):
+    training, test = labelled({"spam": 30, "ham": 20}), labelled({"spam": 24, "ham": 16})
+    finding = report(data=training, test_data=test)["classes"]
+    assert (finding.level, finding.message) == ("info", "2 labels with the shares of data")
+    finding = report(data=training, test_data=labelled({"spam": 25, "ham": 15}))["classes"]
+    assert "'spam' 25 (62%)" in finding.message
+
+
 def test_a_label_that_stands_in_the_question(report):
     copied = [
         chat(f"{prose(i)} [label: {name}]", name) for i, name in enumerate(["spam", "ham"] * 20)

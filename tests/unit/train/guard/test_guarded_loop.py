@@ -45,7 +45,7 @@ from tunesmith.session import inputs, planner
 from tunesmith.train import run
 from tunesmith.train.guard.guarded_loop import _select_events
 from tunesmith.train.guard.probes import PROMPT_ROLES, build_prompt_set
-from tunesmith.train.guard.training_guard import GUARD_KIND
+from tunesmith.train.guard.training_guard import EVALUATION_KIND, GUARD_KIND
 
 pytestmark = pytest.mark.promise
 
@@ -501,16 +501,19 @@ def test_the_best_checkpoint_is_kept_and_not_the_last_one(
     assert sorted(value.sum().item() for value in weights.values()) == sorted(
         v.sum().item() for v in trained.values()
     )
-    assert any(isinstance(event, CheckResult) and event.kind == "best" for event in events)
+    verdicts = {(one.kind, one.level) for one in events if isinstance(one, CheckResult)}
+    assert {("best", "ok"), ("evaluation", "ok")} <= verdicts
+    assert not any(kind == GUARD_KIND for kind, _ in verdicts), "it is off"
 
 
 def test_a_warning_at_an_evaluated_step_adds_no_evaluation() -> None:
     """Of the verdicts at a step only the one that closes its evaluation is replayed: one of the
     memory may fall on the same step."""
     loss = Score("eval", "loss", 1.0, 0.9, 1.1, 8, 4)
-    closing = CheckResult(GUARD_KIND, "ok", "evaluated", 4)
+    closing = [CheckResult(kind, "ok", "done", 4) for kind in (GUARD_KIND, EVALUATION_KIND)]
     others = [CheckResult(kind, "warn", "x", 4) for kind in ("memory", "rehearsal", "best")]
-    assert _select_events([others[0], loss, *others[1:], closing], last_step=4) == [loss, closing]
+    events = [others[0], loss, *others[1:], *closing]
+    assert _select_events(events, last_step=4) == [loss, *closing]
 
 
 @pytest.mark.slow
