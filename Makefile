@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow promises multi effects evidence evidence-quick tasks llama mutation check bench bench-statistics docs size format clean
+.PHONY: demo test slow promises multi dist effects evidence evidence-quick tasks llama mutation check bench bench-statistics docs size format clean
 
 demo: $(BIN)/tunesmith  ## the whole story on the embedded example
 	$(BIN)/tunesmith demo
@@ -26,6 +26,10 @@ slow: $(BIN)/pytest  ## all other long tests, for the night: one seed of each ef
 
 multi: $(BIN)/pytest  ## runs on two and three processes over gloo
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m multi tests/multi
+
+dist: $(BIN)/pytest  ## dist/: a source archive, and the wheel that is built from it
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
 
 effects: $(BIN)/pytest  ## does each strategy do what it promises? three seeds, into docs/results/effects.md
 	$(PYTEST) -m slow --junitxml=build/effects.xml tests/effects; status=$$?; \

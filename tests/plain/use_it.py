@@ -1,8 +1,8 @@
 """Use the plain package, without extras: `python tests/plain/use_it.py`, as .ci/run does.
 
 A development environment hides a missing dependency, because something in it brings the library.
-In: an environment with `pip install .` alone. Out: every verb of a first day on a tiny random
-model, each with its exit code; the first that fails ends it with 1.
+In: an environment with the wheel alone. Out: every verb of a first day on a tiny random model, each
+with its exit code; the first that fails, or a file that the wheel lacks, ends it with 1.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
+import tunesmith
 from tiny_export import save_model
 from tiny_runs import build_sum_rows, write_rows
 from tunesmith.export.request import ENGINES, TARGET_TYPES
@@ -53,6 +54,7 @@ EXPORTS = [
 
 
 def main() -> None:
+    check_files()
     folder = Path(tempfile.mkdtemp())
     save_model(folder / "model")
     write_rows(folder / "train.jsonl", build_sum_rows(0, 32))
@@ -67,6 +69,19 @@ def main() -> None:
     copy_demo(folder / "demo")
     run_command("train recipe.yaml --max-steps 2", folder / "demo")
     print(f"{len(COMMANDS) + len(EXPORTS) + 3} passed, 0 failed")
+
+
+def check_files() -> None:
+    """End if the installed package lacks a file of the source: a template, a kernel, a row."""
+    source = Path(__file__).parents[2] / "src" / "tunesmith"
+    missing = list_files(source) - list_files(Path(tunesmith.__file__).parent)
+    if missing:
+        sys.exit(f"not in the package: {sorted(missing)}")
+
+
+def list_files(folder: Path) -> set[str]:
+    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc")
+    return {str(file.relative_to(folder)) for file in files}
 
 
 def format_export(target_and_type: tuple[str, str]) -> str:
