@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 # The first of these that was measured decides what is wrong; another metric with values from 0 to 1
 # does if none of them was.
 STRICTNESS = (
+    "accuracy",
     "exact_match",
     "normalized_match",
     "numeric",

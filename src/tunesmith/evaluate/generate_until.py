@@ -21,8 +21,9 @@ from tunesmith.core.events import GenerationSample
 from tunesmith.core.types import Example, GenerationOutput, GenerationRequest, Json
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.json_schema import make_validator
+from tunesmith.evaluate.class_scores import compute_macro_f1_values, pair_labels
 from tunesmith.evaluate.custom_metric import format_metric_name, score_answers
-from tunesmith.evaluate.metrics import LIKELIHOODS, grade_answer, parse_metric_arg
+from tunesmith.evaluate.metrics import LIKELIHOODS, MACRO_F1, grade_answer, parse_metric_arg
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.plan.memory import compute_answer_limit
 from tunesmith.recipe.fields import parse_custom_metric
@@ -154,7 +155,7 @@ def check_prompts(
     expected_answers = [prompt.expected for prompt in prompts]
     for metric in metrics:
         values = _compute_values(metric, prompts, expected_answers, schema)
-        if parse_custom_metric(metric) or metric in LIKELIHOODS:
+        if parse_custom_metric(metric) or not values:
             continue
         for prompt, value in zip(prompts, values, strict=True):
             if value < 1:
@@ -175,7 +176,11 @@ def apply_metrics(
     ids = tuple(prompt.id for prompt in prompts)
     measurements: list[MetricValues] = []
     for metric in metrics:
-        if metric not in LIKELIHOODS:
+        if metric == MACRO_F1:
+            classes = pair_labels([prompt.expected for prompt in prompts], answers)
+            values = compute_macro_f1_values(classes)
+            measurements.append(MetricValues(task, metric, ids, values, classes=classes))
+        elif metric not in LIKELIHOODS:
             values = _compute_values(metric, prompts, answers, schema)
             measurements.append(MetricValues(task, format_metric_name(metric), ids, values))
     return tuple(measurements)
@@ -184,12 +189,12 @@ def apply_metrics(
 def _compute_values(
     metric: str, prompts: Sequence[EvalPrompt], answers: Sequence[str], schema: Json | None
 ) -> tuple[float, ...]:
-    """Return the value of each answer; empty for a likelihood metric."""
+    """Return the value of each answer; empty for a metric that grades no single one."""
     pairs = [(answer, prompt.expected) for prompt, answer in zip(prompts, answers, strict=True)]
     if parse_custom_metric(metric):
         return score_answers(metric, pairs, [prompt.id for prompt in prompts])
     arg = parse_metric_arg(metric, schema)
-    if metric in LIKELIHOODS:
+    if metric in (MACRO_F1, *LIKELIHOODS):
         return ()
     return tuple(grade_answer(metric, answer, expected, arg) for answer, expected in pairs)
 

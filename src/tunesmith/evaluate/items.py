@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example, Plan
 from tunesmith.data.hashing import hash_text
+from tunesmith.data.labels import read_labels
 from tunesmith.data.readers.sources import open_source
 from tunesmith.data.sampler import permute_rows
 from tunesmith.evaluate.custom_metric import refuse_code
@@ -118,7 +119,8 @@ def build_eval_items(plan: Plan, inputs: RunInputs, *, allow_code: bool = False)
     if "test_data" in inputs.datasets:
         check_prompts(prompts, plan.config.metrics, inputs.response_schema)
         if MULTIPLE_CHOICE in plan.config.metrics:
-            choices = build_choices(examples[: len(prompts)], inputs.renderer)
+            labels = read_labels(inputs.datasets["data"]) if plan.data["data"].labels else ()
+            choices = build_choices(examples[: len(prompts)], inputs.renderer, labels)
         _refuse_single(len(prompts), "test_data", "prompt")
     documents = {role: _collect_documents(inputs, role) for role in ("eval_data", "test_data")}
     for role in documents.keys() & inputs.datasets.keys():

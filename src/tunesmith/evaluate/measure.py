@@ -344,9 +344,9 @@ def _measure_plan_likelihoods(
     """Return the plan's likelihood metrics: multiple choice, bits per byte."""
     likelihoods: list[MetricValues] = []
     if items.choices:
-        packing = _get_packing(session)
+        length = session.plan.config.pack_length
         likelihoods.append(
-            measure_multiple_choice(session.model, items.choices, task="test", **packing)
+            measure_multiple_choice(session.model, items.choices, task="test", pack_length=length)
         )
     if BITS_PER_BYTE in session.plan.config.metrics:
         likelihoods += [

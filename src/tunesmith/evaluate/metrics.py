@@ -51,7 +51,7 @@ def parse_metric_arg(metric: str, schema: Json | None) -> Any:
     Raises InputError for an unknown metric, and for a missing, unexpected or invalid argument.
     """
     name, text = split_metric(metric)
-    names = (*METRICS, *LIKELIHOODS)
+    names = (*METRICS, MACRO_F1, *LIKELIHOODS)
     if name not in names:
         fix = f"use {', '.join(names)}, or FILE.py:FUNCTION"
         fix = suggest_name(name, names, default=fix)
@@ -98,6 +98,7 @@ def grade_answer(metric: str, answer: str, expected: str, arg: Any) -> float:
 Metric = Callable[[str, str, Any], float]
 METRICS: dict[str, Metric] = {
     "exact_match": exact_match,
+    "accuracy": exact_match,
     "normalized_match": normalized_match,
     "contains": contains,
     "regex": regex_match,
@@ -111,6 +112,7 @@ METRICS: dict[str, Metric] = {
 }
 # They show the form of an answer and not whether it is right.
 FORM_METRICS = ("schema_valid", "json_valid")
+MACRO_F1 = "macro_f1"  # of all answers together (class_scores.py)
 MULTIPLE_CHOICE = "multiple_choice"
 BITS_PER_BYTE = "bits_per_byte"
 LIKELIHOODS = (MULTIPLE_CHOICE, BITS_PER_BYTE)

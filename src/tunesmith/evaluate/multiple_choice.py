@@ -4,33 +4,37 @@
 
 Nothing is generated. A choice is rendered like the answer, EOS included, so its likelihood is
 that of exactly this answer; lengths are not normalized. A row has `"choices": ["yes", "no"]`; where
-no row has, the choices are the distinct answers of all rows, as for labels. A tie counts as wrong.
+no row has, the choices are the labels of the training rows (data/labels.py) or else the distinct
+answers of all rows. A tie counts as wrong.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Document, Example
 from tunesmith.data.chat_template.renderer import Renderer
+from tunesmith.data.labels import MAX_LABELS
+from tunesmith.data.sampler import permute_rows
 from tunesmith.evaluate.loglikelihood import compute_nll
 from tunesmith.evaluate.metrics import MULTIPLE_CHOICE
 from tunesmith.evaluate.results import MetricValues
 from tunesmith.model.causal_lm import PackedCausalLM
 
-MAX_LABELS = 32  # distinct answers of rows without `choices`; more are not labels
+MAX_DOCUMENTS = 4_000  # of rows and their labels; of more, random rows are scored
 
 
 def build_choices(
-    examples: Sequence[Example], renderer: Renderer
+    examples: Sequence[Example], renderer: Renderer, training_labels: Collection[str] = ()
 ) -> dict[str, tuple[Document, ...]]:
     """Return row id -> a document per choice, the correct one first.
 
     Raises InputError for a row with fewer than two choices, or without the correct one.
     """
-    labels = tuple(dict.fromkeys(_get_answer(example).strip() for example in examples))
+    answers = {_get_answer(example).strip(): None for example in examples}
+    labels = tuple(training_labels or answers)
     has_choices = any(example.choices for example in examples)
     if not has_choices and not 2 <= len(labels) <= MAX_LABELS:
         plural = "" if len(labels) == 1 else "s"
@@ -39,6 +43,9 @@ def build_choices(
         )
         fix = f'add "choices": ["yes", "no"] to the rows, or leave {MULTIPLE_CHOICE} out'
         raise InputError(message, where=f"metrics: {MULTIPLE_CHOICE}", fix=fix)
+    if not has_choices:
+        scored = permute_rows(0, 0, len(examples))[: MAX_DOCUMENTS // len(labels)]
+        examples = [examples[row] for row in sorted(scored.tolist())]
     return {
         example.id: _build_documents(example, example.choices or labels, renderer)
         for example in examples
@@ -49,9 +56,12 @@ def _build_documents(
     example: Example, choices: Sequence[str], renderer: Renderer
 ) -> tuple[Document, ...]:
     correct = _get_answer(example)
+    label = correct.strip()
     distinct = dict.fromkeys(choices)
-    others = [choice for choice in distinct if choice.strip() != correct.strip()]
-    if len(others) == len(distinct):
+    others = [choice for choice in distinct if choice.strip() != label]
+    if not example.choices:  # labels are without the white space that answers may begin with
+        others = [correct.replace(label, choice) for choice in others]
+    elif len(others) == len(distinct):
         message = f"the expected answer {correct[:60]!r} is not among the row's `choices`"
         raise InputError(message, where=example.id, fix="correct the row")
     if not others:
@@ -91,9 +101,10 @@ def measure_multiple_choice(
     *,
     task: str,
     pack_length: int,
-    share: bool = False,
+    share: bool = True,
 ) -> MetricValues:
-    """Return 1 per row if the correct choice is more likely than any other, else 0."""
+    """Return 1 per row if the correct choice is more likely than any other, else 0. What choices
+    of a row begin with is computed once."""
     documents = [document for row in choices.values() for document in row]
     nats = dict.fromkeys(range(len(documents)), 0.0)
     nats |= {i: nat for i, nat, _ in compute_nll(model, documents, pack_length, share=share)}

@@ -19,6 +19,7 @@ from tunesmith.core.errors import GateError, InputError
 from tunesmith.core.events import GenerationSample, Score
 from tunesmith.core.formatting import format_count
 from tunesmith.core.types import Comparison
+from tunesmith.evaluate.class_scores import compute_macro_f1_values
 from tunesmith.evaluate.statistics import (
     compute_constant_interval,
     compute_detectable_difference,
@@ -46,6 +47,7 @@ class MetricValues:
     strata: the task of each item; the result is the mean of the tasks' means. Empty for one task.
     groups: the group of each item; items of one are not independent. Empty if all items are.
     truncated: whether each item's answer reached the limit of new tokens; empty without answers.
+    classes: (expected, answered) label of each item, from which the values follow (macro-F1).
     """
 
     task: str
@@ -57,13 +59,14 @@ class MetricValues:
     groups: tuple[str, ...] = ()
     higher_is_better: bool = True
     truncated: tuple[bool, ...] = ()
+    classes: tuple[tuple[str, str], ...] = ()
 
     @model_validator(mode="after")
     def _check_lengths(self) -> MetricValues:
         """Refuse a stored measurement whose lists are not of the same items."""
         if len(self.ids) != len(self.values):
             raise ValueError(f"ids: {len(self.ids)}, values: {len(self.values)}")
-        for name in ("weights", "strata", "groups", "truncated"):
+        for name in ("weights", "strata", "groups", "truncated", "classes"):
             count = len(getattr(self, name))
             if count not in (0, len(self.ids)):
                 raise ValueError(f"ids: {len(self.ids)}, {name}: {count}")
@@ -160,8 +163,8 @@ def _compute_exact_p(change: MetricValues) -> float | None:
 
 def average_measurements(measurements: Sequence[MetricValues]) -> MetricValues:
     """Average measurements of one metric on the same items, item by item."""
-    values = np.mean([measurement.values for measurement in measurements], axis=0)
-    return replace(measurements[0], values=tuple(values.tolist()))
+    values = np.array([each.values for each in measurements]).mean(axis=0)
+    return replace(measurements[0], values=tuple(values.tolist()), classes=())
 
 
 def select_sample_pairs(
@@ -231,7 +234,8 @@ def select_items(measurement: MetricValues, indices: Sequence[int]) -> MetricVal
     strata = measurement.strata
     groups = measurement.groups
     truncated = measurement.truncated
-    return replace(
+    classes = measurement.classes
+    selected = replace(
         measurement,
         ids=tuple(measurement.ids[index] for index in indices),
         values=tuple(measurement.values[index] for index in indices),
@@ -239,7 +243,17 @@ def select_items(measurement: MetricValues, indices: Sequence[int]) -> MetricVal
         strata=tuple(strata[index] for index in indices) if strata else (),
         groups=tuple(groups[index] for index in indices) if groups else (),
         truncated=tuple(truncated[index] for index in indices) if truncated else (),
+        classes=tuple(classes[index] for index in indices) if classes else (),
     )
+    return _compute_class_values(selected)
+
+
+def _compute_class_values(measurement: MetricValues) -> MetricValues:
+    """Return a measurement with the values that follow from the labels of these very items."""
+    if not measurement.classes:
+        return measurement
+    values = compute_macro_f1_values(measurement.classes, measurement.strata)
+    return replace(measurement, values=values)
 
 
 def split_by_task(
@@ -276,7 +290,8 @@ def _split_tasks(
         indices = [i for i, item in enumerate(measurement.ids) if tasks[item] in names]
         part = select_items(measurement, indices)
         strata = tuple(tasks[item] for item in part.ids)
-        yield replace(part, task=f"{measurement.task}: {mean_label}", strata=strata)
+        mean = replace(part, task=f"{measurement.task}: {mean_label}", strata=strata)
+        yield _compute_class_values(mean)
 
 
 def _compute_mean(measurement: MetricValues) -> float:
@@ -289,6 +304,8 @@ def _find_bounds(measurement: MetricValues) -> tuple[float, float]:
 
     A loss may lie between 0 and 1 too: only what is better higher, or 0 or 1, is a grade."""
     values = set(measurement.values)
+    if measurement.classes:
+        return 0.0, 1.0
     if not values or min(values) < 0:
         return UNBOUNDED
     is_grade = max(values) <= 1 and (measurement.higher_is_better or values <= {0.0, 1.0})

@@ -89,6 +89,7 @@ FORGETTING_UNKNOWN = (
     "if it does not matter"
 )
 RIGHT_WORDS = {
+    "accuracy": "the right label",
     "exact_match": "exactly right",
     "normalized_match": "right up to case and punctuation",
     "numeric": "the right number",

@@ -351,7 +351,8 @@ def _estimate_activations(spec: ModelSpec, settings: ActivationSettings) -> tupl
 
 MIN_COMPLETE_TOKENS = 256  # the default of lm-eval's max_gen_toks
 # by these, an answer longer than expected is wrong wherever it ends, or none is graded
-LENGTH_INDEPENDENT_METRICS = ("exact_match", "normalized_match", "multiple_choice", "bits_per_byte")
+_OF_LABELS = ("accuracy", "macro_f1", "multiple_choice")
+LENGTH_INDEPENDENT_METRICS = (*_OF_LABELS, "exact_match", "normalized_match", "bits_per_byte")
 # answers generated at once, and the largest KV cache, as in model/generation/engine.py
 MAX_BATCH_ROWS = {"cpu": 64, "cuda": 256}
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**33}

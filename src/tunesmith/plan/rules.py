@@ -464,6 +464,9 @@ def metrics(context: RuleContext) -> PlanValue:
     if context.stage == "preference":
         reason = "pairs are measured by likelihood: the chosen answer is not the only right one"
         return make_rule_value((), reason)
+    if labels := len(context.data.labels):
+        names = ("accuracy", "macro_f1", "multiple_choice")
+        return make_rule_value(names, f"the answers are {labels} labels")
     reason = "no response_schema: an answer is right if it equals the expected one"
     return make_rule_value(("exact_match",), reason)
 

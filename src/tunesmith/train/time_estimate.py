@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from tunesmith.core.types import Plan
+from tunesmith.core.types import Document, Plan
 from tunesmith.evaluate.adapter_scaling import ADAPTER_SCALES, MAX_TOKENS
 from tunesmith.evaluate.general_text import GeneralText
 from tunesmith.evaluate.generate_until import EvalPrompt, compute_max_new_tokens
@@ -63,6 +63,7 @@ class EvalCostEstimate:
         self.can_disable_adapter = can_disable_adapter(plan, inputs)
         self.num_measured_scales = 1 if inputs.adapter else 2  # by the metrics before and after
         self.head_ratio = plan.model.head_parameters / max(1, plan.model.active_parameters)
+        self.choice_tokens = _count_choice_tokens(self.items.choices.values())
         texts = self.items.held_out_texts
         self.general_tokens = self._count_text_tokens(self.items.general_texts)
         self.eval_tokens = sum(map(len, self.items.eval_documents)) + self._count_text_tokens(
@@ -96,7 +97,8 @@ class EvalCostEstimate:
         read_tokens = self.test_tokens + self.general_tokens
         if not self.can_disable_adapter:
             read_tokens *= 2
-        return self._count_answers(self._list_prompts(), is_trained=False) + read_tokens
+        answer_tokens = self._count_answers(self._list_prompts(), is_trained=False)
+        return answer_tokens + self.choice_tokens + read_tokens
 
     def count_after(self) -> float:
         """Count the evaluation after training; answers end as they were taught to.
@@ -105,7 +107,8 @@ class EvalCostEstimate:
         read_tokens = self.test_tokens + self.general_tokens
         if self.can_disable_adapter:
             read_tokens *= 2
-        return self._count_answers(self._list_prompts(), is_trained=True) + read_tokens
+        answer_tokens = self._count_answers(self._list_prompts(), is_trained=True)
+        return answer_tokens + self.choice_tokens + read_tokens
 
     def _list_prompts(self) -> tuple[EvalPrompt, ...]:
         return (*self.items.prompts, *self.items.eliciting_prompts)
@@ -165,6 +168,12 @@ class EvalCostEstimate:
             num_rows = min(batch_rows, len(prompts) - start)
             tokens += num_steps * (DECODE_STEP_TOKENS + num_rows)
         return tokens
+
+
+def _count_choice_tokens(choices: Collection[Sequence[Document]]) -> int:
+    """Count the tokens of choices by likelihood: the prompt of a row is read once."""
+    answers = sum(int((each.weights_L > 0).sum()) for row in choices for each in row[1:])
+    return answers + sum(len(row[0]) for row in choices)
 
 
 def _drop_custom_metrics(plan: Plan) -> Plan:

@@ -84,11 +84,26 @@ def test_without_choices_the_answers_of_all_rows_are_labels(renderer: Renderer) 
     assert output(renderer, choices["test:1"]) == ["yes<|end|>", "no<|end|>"]
 
 
+def test_labels_of_training_rows_are_the_choices(renderer: Renderer) -> None:
+    labels = {"no": 3, "yes": 2, "maybe": 2}
+    rows = [requests(0, "yes"), requests(1, "unseen")]
+    choices = build_choices(rows, renderer, labels)
+    assert output(renderer, choices["test:0"]) == ["yes<|end|>", "no<|end|>", "maybe<|end|>"]
+    assert len(choices["test:1"]) == 4, "its own answer and the labels"
+    spaced = Example("test:2", text=" yes", prompt="2?")
+    (documents,) = build_choices([spaced], renderer, labels).values()
+    assert [renderer.decode(each.tokens_L.tolist()) for each in documents] == [
+        *("2? yes<|end|>", "2? no<|end|>", "2? maybe<|end|>")
+    ]
+    many = [requests(n, ("no", "yes")[n % 2]) for n in range(2_100)]
+    assert len(build_choices(many, renderer)) == 2_000, "rows and labels are at most 4,000"
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
         ([requests(1, "yes"), requests(2, "yes")], "1 distinct answer cannot be labels"),
-        ([requests(n, f"answer {n}") for n in range(40)], "40 distinct answers cannot be labels"),
+        ([requests(n, f"answer {n}") for n in range(60)], "60 distinct answers cannot be labels"),
         (
             [requests(1, "yes", "no", "maybe")],
             "test:1: the expected answer 'yes' is not among the row's `choices`",

@@ -14,7 +14,7 @@ from tunesmith import api
 from tunesmith.cli.app import main
 from tunesmith.core.events import Score
 from tunesmith.core.run_dir import EVAL_BEFORE_FILE
-from tunesmith.evaluate.metrics import LIKELIHOODS, METRICS
+from tunesmith.evaluate.metrics import LIKELIHOODS, MACRO_F1, METRICS
 from tunesmith.evaluate.model_ref import load_results
 from tunesmith.evaluate.results import (
     EvalResults,
@@ -46,7 +46,7 @@ def test_an_answer_gets_room_to_end() -> None:
 
 
 def test_only_equality_is_graded_without_room() -> None:
-    names = {*METRICS, *LIKELIHOODS}
+    names = {*METRICS, MACRO_F1, *LIKELIHOODS}
     assert set(LENGTH_INDEPENDENT_METRICS) < names
     assert set(LIKELIHOODS) < set(LENGTH_INDEPENDENT_METRICS)
     for name in sorted(names):

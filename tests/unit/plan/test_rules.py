@@ -141,6 +141,9 @@ def test_precision_and_attention_are_what_the_machine_has(make_context: Make) ->
 def test_metrics_follow_the_schema(make_context: Make) -> None:
     assert rules.metrics(make_context()).value == ("exact_match",)
     assert rules.metrics(make_context(has_schema=True)).value[:2] == ("json_valid", "schema_valid")
+    context = make_context()
+    labelled = replace(context, data=replace(context.data, labels={"yes": 30, "no": 20}))
+    assert rules.metrics(labelled).value == ("accuracy", "macro_f1", "multiple_choice")
 
 
 def test_a_run_is_looked_at_four_times(make_context: Make) -> None:
