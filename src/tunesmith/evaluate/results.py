@@ -329,6 +329,9 @@ def _compute_interval(
         ends = bounds
         if bounds[0] < 0 and len(changed) and not is_constant:
             size = math.sqrt(np.average(values[changed] ** 2, weights=weights[changed]))
+            items = np.array([change for change in measurement.values if change])
+            # few groups that change in single items do not show that others change as a whole
+            size = max(size, math.sqrt(np.mean(items**2)) / 3)
             ends = (-size, size)
         if is_constant or is_rate or is_sparse or count_groups(measurement):
             low, high = compute_padded_interval(values, weights, strata, ends)

@@ -39,12 +39,14 @@ def _find_split_key(dataset: Dataset) -> str:
 
 
 def _group_by_ids(dataset: Dataset) -> dict[str, str]:
-    """Return the groups of rows with ids such as pkg-1 and pkg-2, if all rows have such an id."""
+    """Return the groups of rows with ids such as pkg-1 and pkg-2, if enough rows have such an id;
+    a row with another id is a group of its own."""
     groups: dict[str, str] = {}
+    prefixes: list[str] = []
     for index in range(len(dataset)):
         row = dataset.get_part(index).source.read_row(dataset.row_N[index])
         match = GROUPED_ID.fullmatch(str(row.data.get("id", "")))
-        if match is None:
-            return {}
-        groups[dataset.get_id(index)] = match[1]
-    return groups if MIN_GROUPS <= len(set(groups.values())) < len(groups) else {}
+        if match is not None:
+            prefixes.append(match[1])
+        groups[dataset.get_id(index)] = dataset.get_id(index) if match is None else match[1]
+    return groups if MIN_GROUPS <= len(set(prefixes)) < len(prefixes) else {}

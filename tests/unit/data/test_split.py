@@ -218,7 +218,8 @@ def test_a_run_on_split_files_finds_the_key_that_was_kept_together(words, write,
         ([f"row-{i}" for i in range(40)], 0),  # plain numbers
         ([f"kind{i % 3}-{i}" for i in range(40)], 0),  # three kinds of rows
         ([f"pkg{i}-1" for i in range(40)], 0),  # each its own
-        ([f"pkg{i % 8}-{i}" for i in range(39)] + ["other"], 0),
+        ([f"pkg{i % 8}-{i}" for i in range(39)] + ["other"], 9),  # which is alone
+        ([f"row-{i}" for i in range(20)] + [f"other{i}" for i in range(20)], 0),
     ],
 )
 def test_groups_by_ids_need_a_plain_form(words, write, ids: list[str], num_groups: int) -> None:

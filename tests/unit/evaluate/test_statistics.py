@@ -423,3 +423,15 @@ def test_equal_differences_are_as_certain_as_their_signs(shift: float, n: int) -
 def test_no_difference_at_all_has_no_width() -> None:
     assert compute_constant_interval(0.0, 5) == (0.0, 0.0)
     assert compute_constant_interval(1.0, 10**6) == (1.0, 1.0)
+
+
+def test_few_changed_items_do_not_show_that_groups_change_little() -> None:
+    """Two of 56 answers changed, in groups of eight: other groups may change as a whole. Without
+    that, true differences of such metrics lie inside in 90%."""
+    before = [0.5] * 56
+    after = [0.5 + 1 / 3 * (n == 0) - 1 / 3 * (n == 20) for n in range(56)]
+    ids = tuple(map(str, range(56)))
+    groups = tuple(str(n // 8) for n in range(56))
+    sides = [MetricValues("test", "f1", ids, tuple(x), groups=groups) for x in (before, after)]
+    comparison = compare_measurements(*sides)
+    assert comparison.high - comparison.low > 0.08
