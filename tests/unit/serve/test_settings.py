@@ -44,7 +44,7 @@ def test_the_example_and_the_guide_load(tmp_path: Path) -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```", guide, flags=re.MULTILINE | re.DOTALL)
     models, routes = (read_settings([write_yaml(tmp_path, block)]) for block in blocks)
     assert models.models["json-next"].pin
-    assert list(routes.routes) == ["ab", "prod"]
+    assert list(routes.routes) == ["prod"]
 
 
 def test_flags_replace_the_file(tmp_path: Path) -> None:
