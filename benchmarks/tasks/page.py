@@ -21,7 +21,9 @@ benchmarks.tasks.build`; [code](../../benchmarks/tasks/make.py)), each with what
 writes: model, data, test data. On each: the default run, then step 1 of what its report says to do
 next, then step 1 of that (`python -m benchmarks.tasks.run`). Further tasks are held back, and
 decide whether a change of a rule helps. SmolLM2-135M-Instruct, two CPU cores; rows are divided by
-group.
+group. The machine had other work: minutes are no measure of speed. These runs are of the commit
+before labels were measured as such, and are why half the learning rate is no longer advised while
+answers are wrong.
 
 """
 ARM_HEAD = "| task | run | metric | before | after | forecast | change | verdict | min |"

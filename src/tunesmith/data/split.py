@@ -3,8 +3,8 @@
     Dataset -> split_by_hash -> (rest, held-out), for `eval_split` of a recipe
     Dataset -> split_by_group -> train.jsonl, eval.jsonl, test.jsonl, for `tunesmith data split`
 
-`split_by_hash` looks at the content of a row alone, so equal rows stay together, in any file and
-order. `split_by_group` also keeps rows together that have the same prompt, are near duplicates or
+`split_by_hash` looks at the group of a row or its content alone, so equal rows stay together in any
+file. `split_by_group` also keeps rows together that have the same prompt, are near duplicates or
 share the value of a key, and splits each stratum (a label, or the value of a key) separately. Its
 result depends on the rows and the seed, not on their order; rows are written as in their file."""
 
@@ -44,15 +44,18 @@ def is_in_split(content: str | int, fraction: float, seed: int = 0) -> bool:
     return int.from_bytes(_hash_content(content, seed), "big") < fraction * 2**64
 
 
-def split_by_hash(dataset: Dataset, fraction: float, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Return (the rest, about `fraction` of the rows), both in the order of the file.
-
-    Raises InputError if either is empty."""
+def split_by_hash(
+    dataset: Dataset, fraction: float, seed: int = 0, groups: Mapping[str, str] | None = None
+) -> tuple[Dataset, Dataset]:
+    """Return (the rest, about `fraction` of the rows), in the order of the file. `groups`: id ->
+    group, which is kept on one side. Raises InputError if either is empty."""
     if not 0 < fraction < 1:
         message = f"a split of {fraction} leaves one side empty"
         raise InputError(message, fix="use a fraction between 0 and 1")
-    is_held_out = [is_in_split(content, fraction, seed) for content in dataset.contents_N.tolist()]
-    held_out_N = np.array(is_held_out, dtype=bool)
+    contents: list[str | int] = dataset.contents_N.tolist()
+    if groups:
+        contents = [groups.get(dataset.get_id(row), each) for row, each in enumerate(contents)]
+    held_out_N = np.array([is_in_split(each, fraction, seed) for each in contents], dtype=bool)
     if held_out_N.all() or not held_out_N.any():
         plural = "s" * (len(dataset) != 1)
         message = f"a split of {fraction} leaves one side of {len(dataset)} row{plural} empty"

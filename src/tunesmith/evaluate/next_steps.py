@@ -272,7 +272,7 @@ def suggest_half_rate(facts: Facts) -> Iterator[NextStep]:
 
 
 def suggest_forgetting_less(facts: Facts) -> Iterator[NextStep]:
-    """A smaller scale of the adapter; half the learning rate if more than the limit was lost."""
+    """A smaller scale of the adapter; half the rate only where no answers are to get better."""
     if facts.general is None:
         return
     scales = facts.record.scales
@@ -284,7 +284,8 @@ def suggest_forgetting_less(facts: Facts) -> Iterator[NextStep]:
         still = f", still {format_ratio(times)} the limit" if times > 1 else ""
         reason = f"on eval_data, {describe_recommendation(scales)}{still}: verify it"
         yield NextStep(reason, commands[0])
-    if facts.general.low > limit and (not commands or times > 1):
+    is_lost = facts.general.low > limit and not facts.should_be_better
+    if is_lost and (not commands or times > 1):
         reason = "from what is forgotten now to nothing; answers may get worse"
         forecast = make_forecast(facts.general, facts.general.difference, reason)
         yield build_half_rate(facts, "forget less: ", forecast)
@@ -324,7 +325,8 @@ def suggest_use(facts: Facts) -> Iterator[NextStep]:
     if facts.verdict not in ("ready", "not measured") and facts.wrong != 0:
         reason = "read the answers" if facts.errors is None else "read the wrong answers"
         if not facts.has_eval_data and not facts.is_at_ceiling:
-            reason += "; whether longer training would help is not known without eval_data"
+            reason += "; without eval_data (or eval_split: 0.1) it is not known whether longer "
+            reason += "training would help, or a smaller scale of the adapter would forget less"
         yield NextStep(reason, f"tunesmith report {facts.folder}")
     has_same_rows = not facts.record.plan.recipe.get("eval_split")  # which a seed would change
     if facts.verdict in ("ready", "useful, not ready") and facts.deciding and has_same_rows:

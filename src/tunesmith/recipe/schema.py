@@ -115,7 +115,7 @@ class Recipe(RecipeMapping):
     )
     eval_data: Sources = setting((), "Held-out rows that select checkpoints and settings.")
     eval_split: Annotated[float, Field(gt=0, lt=1), BeforeValidator(reject_bool)] | None = setting(
-        None, "Instead of eval_data: fraction of data held out by hash."
+        None, "Instead of eval_data: fraction of data held out by hash, groups whole."
     )
     test_data: Sources = setting(
         (), "Rows for the final evaluation; default: half of the held-out rows."

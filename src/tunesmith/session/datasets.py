@@ -2,7 +2,7 @@
 
 In: a recipe and the renderer of its model. Out: a Dataset for each role. `data` trains, `eval_data`
 selects, and `test_data` is read once, by the final comparison; without test_data the held-out rows
-are split in half by a hash of their content. Left out: the model (inputs.py)."""
+are split in half by a hash of their group or content. Left out: the model (inputs.py)."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tunesmith.data.split import split_by_hash
 from tunesmith.recipe.fields import DataSource
 from tunesmith.recipe.schema import Recipe, select_sources
 from tunesmith.session.hub_data import fetch_sources
+from tunesmith.session.row_groups import map_groups
 
 HELD_OUT_ROLES = ("eval_data", "test_data")
 
@@ -46,15 +47,15 @@ def open_datasets(
         sources = select_sources(recipe, "eval_data")
         datasets["eval_data"] = _open_rows(recipe, renderer, sources, held_out)
     elif recipe.eval_split:
-        datasets["data"], datasets["eval_data"] = split_by_hash(
-            datasets["data"], recipe.eval_split, recipe.seed
+        datasets["data"], datasets["eval_data"] = _split(
+            recipe, datasets["data"], recipe.eval_split, recipe.seed
         )
     if recipe.test_data and not recipe.has_no_test:
         sources = select_sources(recipe, "test_data")
         datasets["test_data"] = _open_rows(recipe, renderer, sources, held_out)
     elif "eval_data" in datasets and not recipe.has_no_test:
-        datasets["eval_data"], datasets["test_data"] = split_by_hash(
-            datasets["eval_data"], 0.5, recipe.seed + 1
+        datasets["eval_data"], datasets["test_data"] = _split(
+            recipe, datasets["eval_data"], 0.5, recipe.seed + 1
         )
     held_out_roles = {role: datasets[role] for role in HELD_OUT_ROLES if role in datasets}
     for role, dataset in held_out_roles.items():
@@ -67,6 +68,10 @@ def open_datasets(
     max_length = recipe.max_length if isinstance(recipe.max_length, int) else None
     datasets["data"] = datasets["data"].with_max_length(max_length, recipe.on_overlong)
     return add_shots(datasets)
+
+
+def _split(recipe: Recipe, dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    return split_by_hash(dataset, share, seed, map_groups(dataset, recipe.group))
 
 
 def open_training_rows(recipe: Recipe, renderer: Renderer) -> Dataset:

@@ -191,6 +191,19 @@ def test_split_divides_all_rows_and_keeps_equal_ones_together(write, words):
     assert part.get_id(0).startswith("train.jsonl:")
 
 
+def test_split_keeps_groups_on_one_side(write, words):
+    dataset = open_rows(write, words, [f"row {i}" for i in range(120)])
+    groups = {dataset.get_id(i): f"group {i // 4}" for i in range(100)}  # 20 rows have none
+    rest, part = split_by_hash(dataset, 0.3, 0, groups)
+    sides = [
+        {groups[side.get_id(i)] for i in range(len(side)) if side.get_id(i) in groups}
+        for side in (rest, part)
+    ]
+    assert not sides[0] & sides[1]
+    assert all(sides)
+    assert len(rest) + len(part) == 120
+
+
 def test_a_split_that_leaves_a_side_empty_is_refused(write, words):
     for rows, fraction in ((["a", "a"], 0.5), (["a", "b"], 0.0), (["a", "b"], 1.0), (["a"], 0.5)):
         with pytest.raises(InputError, match="empty"):

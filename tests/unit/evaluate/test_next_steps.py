@@ -251,7 +251,7 @@ def test_what_forgets_is_scaled_or_trained_at_half_the_rate() -> None:
     record = replace(
         fake_runs.make_record(),
         comparisons=(make_change(0.6), make_general(0.05)),
-        errors=make_errors(70),
+        errors=make_errors(80),
         scales=fake_runs.make_scales(fake_runs.CHEAPER),
     )
     scaled, half = judge_run(record, Path("runs/x")).next_steps[:2]

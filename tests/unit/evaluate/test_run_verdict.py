@@ -323,6 +323,8 @@ def test_what_was_forgotten_has_a_step_where_no_scale_is_better() -> None:
         verdict = judge(make_errors(80), make_change(0.6), make_general(lost), plan=record.plan)
         reasons = [step.reason for step in verdict.next_steps]
         assert ("forget less: train with half the learning rate, 5e-05" in reasons) == is_told
+    poor = judge(make_errors(60), make_change(0.6), make_general(0.05), plan=record.plan)
+    assert not any("half-rate" in step.command for step in poor.next_steps), "it costs answers"
     cheaper = fake_runs.make_scales(fake_runs.CHEAPER)
     forgotten = (make_change(0.6), make_general(0.05))
     scaled = judge_run(
@@ -366,7 +368,7 @@ def test_a_base_that_is_all_right_has_no_wrong_answers_to_read() -> None:
     assert all_right.name == "no effect"
     assert "read the wrong answers" not in str(all_right.next_steps)
     all_wrong = judge(make_errors(0), no_change)
-    assert "read the wrong answers; whether longer" in str(all_wrong.next_steps)
+    assert "read the wrong answers; without eval_data" in str(all_wrong.next_steps)
 
 
 def test_five_right_or_wrong_answers_are_too_few_to_tell() -> None:
