@@ -1,6 +1,4 @@
-"""Precision, recall and F1 of labels, and macro-F1 as a mean of items.
-
-    [("net", "net"), ("games", "net"), ...] -> ClassScores; the influence of each item on macro-F1
+"""Macro-F1 of labels as a mean of items.
 
 Macro-F1 is the mean F1 of the labels that are expected (sklearn's `f1_score(average="macro")` with
 these as `labels`); an answer that is none of them counts against the recall of the expected one. It

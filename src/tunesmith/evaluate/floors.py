@@ -40,6 +40,7 @@ from tunesmith.evaluate.shortcuts import AnswerItem
 from tunesmith.evaluate.statistics import judge_comparison
 from tunesmith.evaluate.training_answers import MAX_CATEGORIES
 
+MOST_FREQUENT = "most frequent answer"
 MAX_ROWS = 5_000  # training rows that words are learned from: seconds
 MIN_KEY_SHARE = 0.5  # of the training rows' objects, for a field of the floor's object
 NO_WORDS = f"no bag of words and no nearest row: scikit-learn is missing, {INSTALL_HINT}"
@@ -113,7 +114,7 @@ class _Rules:
                 yield "bag of words by field", self._compose(self._classify)
         else:
             answers = [row.answer.strip() for row in self.rows]
-            yield "most frequent answer", _repeat_most_frequent(answers, len(self.tests))
+            yield MOST_FREQUENT, _repeat_most_frequent(answers, len(self.tests))
             if _has_few_values(answers):
                 if has_words:
                     yield "bag of words", self._classify(answers, len(self.tests))

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.evidence import ErrorAnalysis
 from tunesmith.core.types import Comparison, Plan
-from tunesmith.evaluate.metrics import BITS_PER_BYTE
+from tunesmith.data.answer_values import LOPSIDED_SHARE
+from tunesmith.evaluate.floors import MOST_FREQUENT
+from tunesmith.evaluate.metrics import BITS_PER_BYTE, MULTIPLE_CHOICE
 
 JudgedComparison = tuple[Comparison, str]  # with its verdict, after Holm correction
 
@@ -57,6 +59,29 @@ def describe_likelihood(comparison: Comparison) -> str:
     if comparison.metric == BITS_PER_BYTE:
         return f"{n} test texts take {after:.3f} bits per byte, {before:.3f} before"
     return f"{comparison.metric} on {n} test rows: {before:.3f} -> {after:.3f}"
+
+
+def describe_choices(tests: Sequence[JudgedComparison]) -> str:
+    """Return how many labels are the likeliest, whatever the form of the answers."""
+    scores = [(c.before.value, c.after) for c, _ in tests if c.metric == MULTIPLE_CHOICE]
+    texts = [f"; by likelihood {now.value:.0%} of {now.n}, {was:.0%} before" for was, now in scores]
+    return "".join(texts)
+
+
+def find_form_alone(errors: ErrorAnalysis | None, tests: Sequence[JudgedComparison]) -> str:
+    """Return that neither the answers nor the likelihoods beat the most frequent label, unless
+    nearly all rows have that one: it would tell nothing of the others."""
+    floors = errors.floors if errors is not None and errors.metric == "accuracy" else ()
+    majority = next((floor for floor in floors if floor.name == MOST_FREQUENT), None)
+    choices = [c.after.low for c, _ in tests if c.metric == MULTIPLE_CHOICE]
+    if majority is None or majority.is_beaten or not choices:
+        return ""
+    if majority.value > LOPSIDED_SHARE or max(choices) > majority.value:
+        return ""
+    rest = "neither the answers nor the likelihoods of the labels are shown to beat"
+    return (
+        f"only the form was learned: {majority.value:.0%} by the most frequent label, which {rest}"
+    )
 
 
 def list_likelihood_problems(

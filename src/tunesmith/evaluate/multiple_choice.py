@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 from tunesmith.core.errors import InputError
+from tunesmith.core.formatting import format_count
 from tunesmith.core.types import Document, Example
 from tunesmith.data.chat_template.renderer import Renderer
 from tunesmith.data.labels import MAX_LABELS
@@ -37,10 +38,8 @@ def build_choices(
     labels = tuple(training_labels or answers)
     has_choices = any(example.choices for example in examples)
     if not has_choices and not 2 <= len(labels) <= MAX_LABELS:
-        plural = "" if len(labels) == 1 else "s"
-        message = (
-            f"no row has `choices`, and {len(labels):,} distinct answer{plural} cannot be labels"
-        )
+        count = format_count(len(labels), "distinct answer")
+        message = f"no row has `choices`, and {count} cannot be labels"
         fix = f'add "choices": ["yes", "no"] to the rows, or leave {MULTIPLE_CHOICE} out'
         raise InputError(message, where=f"metrics: {MULTIPLE_CHOICE}", fix=fix)
     if not has_choices:

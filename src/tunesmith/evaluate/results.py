@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from pydantic import model_validator
@@ -33,6 +34,7 @@ from tunesmith.evaluate.statistics import (
 RETENTION_DATA = "retention_data"
 UNBOUNDED = (-math.inf, math.inf)
 MAX_NAMED_ITEMS = 3
+ITEM_LISTS = ("ids", "values", "weights", "strata", "groups", "truncated", "classes")
 DISTANCE_METRICS = {  # metrics that compare a model with its base, in words
     "kl": "KL(base ‖ tuned), nats/token",
     "top1_agreement": "top-1 agreement with base",
@@ -66,7 +68,7 @@ class MetricValues:
         """Refuse a stored measurement whose lists are not of the same items."""
         if len(self.ids) != len(self.values):
             raise ValueError(f"ids: {len(self.ids)}, values: {len(self.values)}")
-        for name in ("weights", "strata", "groups", "truncated", "classes"):
+        for name in ITEM_LISTS[2:]:
             count = len(getattr(self, name))
             if count not in (0, len(self.ids)):
                 raise ValueError(f"ids: {len(self.ids)}, {name}: {count}")
@@ -230,22 +232,11 @@ def format_comparison(comparison: Comparison) -> str:
 
 def select_items(measurement: MetricValues, indices: Sequence[int]) -> MetricValues:
     """Return the measurement of the items with these indices, in this order."""
-    weights = measurement.weights
-    strata = measurement.strata
-    groups = measurement.groups
-    truncated = measurement.truncated
-    classes = measurement.classes
-    selected = replace(
-        measurement,
-        ids=tuple(measurement.ids[index] for index in indices),
-        values=tuple(measurement.values[index] for index in indices),
-        weights=tuple(weights[index] for index in indices) if weights else (),
-        strata=tuple(strata[index] for index in indices) if strata else (),
-        groups=tuple(groups[index] for index in indices) if groups else (),
-        truncated=tuple(truncated[index] for index in indices) if truncated else (),
-        classes=tuple(classes[index] for index in indices) if classes else (),
-    )
-    return _compute_class_values(selected)
+    lists: dict[str, Any] = {}
+    for name in ITEM_LISTS:
+        if values := getattr(measurement, name):
+            lists[name] = tuple(values[index] for index in indices)
+    return _compute_class_values(replace(measurement, **lists))
 
 
 def _compute_class_values(measurement: MetricValues) -> MetricValues:

@@ -8,7 +8,8 @@
                         get better; or general text lost more than the limit for no gain, or more
                         than "harmful: times the limit" in any case
     no effect           no significant difference in the deciding metric, of no task either, nor in
-                        another grade of the content, unless by a constant answer
+                        another grade of the content, unless by a constant answer; or labels whose
+                        form alone was learned (goals.py)
     useful, not ready   better, but something speaks against using it: see `reasons`
     ready               better, above every floor (floors.py), right often enough, within the
                         limit, no constant, nothing worse
@@ -46,8 +47,10 @@ from tunesmith.evaluate.custom_metric import format_metric_name
 from tunesmith.evaluate.goals import (
     MEAN_OF_TASKS,
     JudgedComparison,
+    describe_choices,
     describe_likelihood,
     drop_held_out,
+    find_form_alone,
     is_decided_by_likelihood,
     list_likelihood_problems,
     select_deciding,
@@ -115,9 +118,13 @@ def judge_run(record: RunRecord, run: Path) -> RunVerdict:
     if _has_side_gain(record, tests, deciding):
         outcomes |= {"better"}
     name = _choose_name(judged, outcomes, reasons, record.plan)
+    form_alone = find_form_alone(record.errors, tests)
+    if form_alone and name in ("ready", "useful, not ready"):
+        name = "no effect"
+        reasons.insert(0, form_alone)
     return RunVerdict(
         name=name,
-        level=describe_level(record.errors, deciding),
+        level=describe_level(record.errors, deciding) + describe_choices(tests),
         change=_describe_change(record.errors, deciding),
         cost=describe_cost(record.comparisons, record.plan),
         reasons=() if name == "ready" else tuple(reasons[:MAX_REASONS]),

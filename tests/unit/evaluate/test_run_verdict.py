@@ -545,3 +545,25 @@ def test_tasks_that_were_not_trained_are_no_part_of_the_verdict() -> None:
         "test: mean of held-out tasks exact_match got worse: 0.300 -> 0.100",
     )
     assert judge(make_errors(80), tasks[2], make_general(0.01)).name == "no effect"
+
+
+def test_labels_of_which_only_the_form_was_learned_are_no_effect() -> None:
+    """As on labels by hash: accuracy from 0 to the share of the most frequent label."""
+    floor = Floor("most frequent answer", 0.33, 100, 0.0, -0.1, 0.1, is_beaten=False)
+    errors = make_errors(33, 100, metric="accuracy", floors=(floor,))
+    gain = fake_runs.make_comparison("accuracy", 0.0, 0.33, 0.1)
+    known = fake_runs.make_comparison("multiple_choice", 0.25, 0.3, 0.1)
+    verdict = judge(errors, gain, known, make_general(0.0))
+    assert verdict.name == "no effect"
+    assert verdict.level.startswith(
+        "33 of 100 answers are the right label, 0 before; by likelihood"
+    )
+    assert verdict.reasons[0].startswith(
+        "only the form was learned: 33% by the most frequent label"
+    )
+    beaten = replace(errors, floors=(replace(floor, is_beaten=True),))
+    assert judge(beaten, gain, known, make_general(0.0)).name == "useful, not ready"
+    better = fake_runs.make_comparison("multiple_choice", 0.25, 0.8, 0.1)
+    assert judge(errors, gain, better, make_general(0.0)).name == "useful, not ready"
+    lopsided = replace(errors, floors=(replace(floor, value=0.9),))
+    assert judge(lopsided, gain, known, make_general(0.0)).name == "useful, not ready"
