@@ -27,6 +27,7 @@ from tunesmith.data.answer_values import split_fields
 from tunesmith.data.checks.duplicates import INSTALL_HINT
 from tunesmith.data.training_rows import TrainingRow
 from tunesmith.data.word_rules import WordRules
+from tunesmith.evaluate.goals import MOST_FREQUENT
 from tunesmith.evaluate.metrics import (
     FORM_METRICS,
     METRICS,
@@ -40,7 +41,6 @@ from tunesmith.evaluate.shortcuts import AnswerItem
 from tunesmith.evaluate.statistics import judge_comparison
 from tunesmith.evaluate.training_answers import MAX_CATEGORIES
 
-MOST_FREQUENT = "most frequent answer"
 MAX_ROWS = 5_000  # training rows that words are learned from: seconds
 MIN_KEY_SHARE = 0.5  # of the training rows' objects, for a field of the floor's object
 NO_WORDS = f"no bag of words and no nearest row: scikit-learn is missing, {INSTALL_HINT}"

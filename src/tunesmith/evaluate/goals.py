@@ -13,12 +13,12 @@ from tunesmith.core.events import GENERAL_TASK
 from tunesmith.core.evidence import ErrorAnalysis
 from tunesmith.core.types import Comparison, Plan
 from tunesmith.data.answer_values import LOPSIDED_SHARE
-from tunesmith.evaluate.floors import MOST_FREQUENT
 from tunesmith.evaluate.metrics import BITS_PER_BYTE, MULTIPLE_CHOICE
 
 JudgedComparison = tuple[Comparison, str]  # with its verdict, after Holm correction
 
 ACCURACY = "preference_accuracy"
+MOST_FREQUENT = "most frequent answer"  # a floor
 # the first that was measured decides
 STAGE_METRICS = {"cpt": (BITS_PER_BYTE,), "preference": (ACCURACY, "margin")}
 LENGTH_CONTROLLED = "length_controlled_accuracy"
