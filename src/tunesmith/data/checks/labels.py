@@ -84,9 +84,9 @@ def _find_variants(labels: Iterable[str]) -> str:
     """Return the labels that differ only by case or white space, such as `'Net' = 'net'`."""
     spellings: dict[str, list[str]] = {}
     for label in labels:
-        spellings.setdefault("".join(label.casefold().split()), []).append(label)
-    same = [group for group in spellings.values() if len(group) > 1]
-    return ", ".join(" = ".join(repr(_mask(label)) for label in group) for group in same)
+        group = spellings.setdefault("".join(label.casefold().split()), [])
+        group.append(repr(_mask(label)))
+    return ", ".join(" = ".join(group) for group in spellings.values() if len(group) > 1)
 
 
 MAX_ROWS = 20_000  # that are read, drawn at random

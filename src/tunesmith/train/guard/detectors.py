@@ -203,8 +203,8 @@ def gradient_spike(history: GuardHistory) -> str:
     if len(previous) < MIN_STEPS:
         return ""
     median_norm = median(previous)
-    is_known = history.steps[-1].loss < THRESHOLDS["least rise"]
-    if current > THRESHOLDS["gradient spike"] * median_norm and not is_known:
+    is_learned = history.steps[-1].loss < THRESHOLDS["least rise"]
+    if current > THRESHOLDS["gradient spike"] * median_norm and not is_learned:
         return (
             f"gradient norm {current:.3g}; "
             f"median of the last {len(previous)} steps: {median_norm:.3g}"
