@@ -47,9 +47,6 @@ A result for a model of 135M parameters shows a mechanism, and no value for a la
 Intervals are over items: they do not cover seed-to-seed variation, and many claims have one seed.
 They also count entries of one package as independent: 40 to 80 rows are of 12 to 20 packages, so
 intervals on rows of the demo are too narrow, and a verdict that rests on one seed is provisional.
-With packages as groups and the measured spread of three seeds, E1's first difference is +0.170
-[+0.106, +0.517], E5's first +0.093 [-0.012, +0.185] and E9's first -0.116 [-0.193, -0.040]; of
-these, only E1's is clear after the correction over all claims.
 Other programs ran on the same machine, so minutes, which are by the clock, say nothing about speed.
 
 Less was done than planned: one model size instead of two; 26 rows against 260 in E5, not 1,000

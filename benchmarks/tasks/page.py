@@ -21,9 +21,7 @@ benchmarks.tasks.build`; [code](../../benchmarks/tasks/make.py)), each with what
 writes: model, data, test data. On each: the default run, then step 1 of what its report says to do
 next, then step 1 of that (`python -m benchmarks.tasks.run`). Further tasks are held back, and
 decide whether a change of a rule helps. SmolLM2-135M-Instruct, two CPU cores; rows are divided by
-group. The machine had other work: minutes are no measure of speed. These runs are of the commit
-before labels were measured as such, and are why half the learning rate is no longer advised while
-answers are wrong.
+group. Other work ran beside: minutes are no measure of speed.
 
 """
 ARM_HEAD = "| task | run | metric | before | after | forecast | change | verdict | min |"
@@ -94,7 +92,8 @@ def _count(results: list[Result]) -> Iterator[str]:
         worse = sum(bool(each["worse"]) for each in steps)
         yield f": {worse} made a graded metric significantly worse by its items; "
         yield f"{sum(held)} of {len(held)} forecasts held the change"
-    yield ".\n\n"
+    dates = {arm["date"] for result in results for arm in result["arms"]}
+    yield f". Run on {', '.join(sorted(dates))}; the [log](../log.md) says what followed.\n\n"
 
 
 # ---------------------------------------------------------------- guard

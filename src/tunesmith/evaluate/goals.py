@@ -65,22 +65,22 @@ def describe_choices(tests: Sequence[JudgedComparison]) -> str:
     """Return how many labels are the likeliest, whatever the form of the answers."""
     scores = [(c.before.value, c.after) for c, _ in tests if c.metric == MULTIPLE_CHOICE]
     texts = [f"; by likelihood {now.value:.0%} of {now.n}, {was:.0%} before" for was, now in scores]
-    return "".join(texts)
+    return texts[0] if len(texts) == 1 else ""  # the tasks of a mixture are in the table
 
 
 def find_form_alone(errors: ErrorAnalysis | None, tests: Sequence[JudgedComparison]) -> str:
-    """Return that neither the answers nor the likelihoods beat the most frequent label, unless
-    nearly all rows have that one: it would tell nothing of the others."""
+    """Return that neither answers nor likelihoods are shown to beat the most frequent label; "" if
+    nearly all rows have that one, which tells nothing of the others."""
     floors = errors.floors if errors is not None and errors.metric == "accuracy" else ()
     majority = next((floor for floor in floors if floor.name == MOST_FREQUENT), None)
     choices = [c.after.low for c, _ in tests if c.metric == MULTIPLE_CHOICE]
-    if majority is None or majority.is_beaten or not choices:
+    if majority is None or majority.is_beaten or majority.value > LOPSIDED_SHARE:
         return ""
-    if majority.value > LOPSIDED_SHARE or max(choices) > majority.value:
+    if not choices or max(choices) > majority.value:
         return ""
-    rest = "neither the answers nor the likelihoods of the labels are shown to beat"
     return (
-        f"only the form was learned: {majority.value:.0%} by the most frequent label, which {rest}"
+        "more than the form is not shown to be learned: neither answers nor likelihoods beat the "
+        f"most frequent label, {majority.value:.0%}"
     )
 
 

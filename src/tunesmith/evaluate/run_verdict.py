@@ -8,8 +8,8 @@
                         get better; or general text lost more than the limit for no gain, or more
                         than "harmful: times the limit" in any case
     no effect           no significant difference in the deciding metric, of no task either, nor in
-                        another grade of the content, unless by a constant answer; or labels whose
-                        form alone was learned (goals.py)
+                        another grade of the content, unless by a constant answer; or of labels
+                        no more than the form is shown to be learned (goals.py)
     useful, not ready   better, but something speaks against using it: see `reasons`
     ready               better, above every floor (floors.py), right often enough, within the
                         limit, no constant, nothing worse

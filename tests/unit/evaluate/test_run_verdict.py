@@ -559,7 +559,8 @@ def test_labels_of_which_only_the_form_was_learned_are_no_effect() -> None:
         "33 of 100 answers are the right label, 0 before; by likelihood"
     )
     assert verdict.reasons[0].startswith(
-        "only the form was learned: 33% by the most frequent label"
+        "more than the form is not shown to be learned: neither answers nor likelihoods beat "
+        "the most frequent label, 33%"
     )
     beaten = replace(errors, floors=(replace(floor, is_beaten=True),))
     assert judge(beaten, gain, known, make_general(0.0)).name == "useful, not ready"
