@@ -82,8 +82,8 @@ def describe_recommendation(points: Sequence[ScalePoint]) -> str:
 
 def tabulate_scales(points: Sequence[ScalePoint]) -> TextTable:
     """Return gain and forgetting by adapter scale, as shares of those at scale 1."""
-    loss = points[0].eval_loss
-    columns = ("scale", f"{loss.task} {loss.metric}", "gain", "general bits/byte", "forgetting", "")
+    loss_name = f"{points[0].eval_loss.task} {points[0].eval_loss.metric}"
+    columns = ("scale", loss_name, "gain", "general bits/byte", "forgetting", "advice")
     recommended = recommend_scale(points)
     rows: list[tuple[str, ...]] = []
     for point in points:

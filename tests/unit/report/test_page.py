@@ -209,6 +209,7 @@ def test_scales_trade_gain_for_forgetting(tmp_path: Path) -> None:
     record = fake_runs.make_record(scales=fake_runs.make_scales(), kl_scores=kl_scores)
     text = read_text(fake_runs.write_run(tmp_path / "run", record=record))
     assert "Adapter-scale trade-off" in text
+    assert '<th scope="col"></th>' not in text  # an empty header is nothing to a screen reader
     shown = render_table(tabulate_scales(record.scales))
     for column in shown.columns:  # the table of the terminal
         assert all(str(cell) in text for cell in column.cells)
