@@ -241,7 +241,7 @@ Run `tunesmith trian recipe.yaml` or `tunesmith data review`, with `--calibrate`
 <!-- $ tunesmith plan recipe.yaml --fit 24GB | lines 1-3 -->
 
 ```
-$ tunesmith init r.yaml && tunesmith data curate r.yaml --keep 3 --out x --prove
+$ tunesmith init r.yaml && tunesmith data curate r.yaml --keep 3 --out x --ablate
 $ tunesmith export RUN \\
     --target gguf --learning-rate 1
 ```
@@ -253,7 +253,7 @@ See `RUN/before.json`, `runs/a/results.jsonl`, `verdicts.jsonl`.
         "tunesmith data review",
         "--calibrate",
         "tunesmith plan --fit",
-        "tunesmith data curate --prove",
+        "tunesmith data curate --ablate",
         "tunesmith export --target",
         "tunesmith export --learning-rate",
     ]

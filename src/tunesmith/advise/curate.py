@@ -3,7 +3,8 @@
     RunInputs, how many -> a folder: selected.jsonl, random.jsonl, longest.jsonl, scores.jsonl
 
 scores.jsonl has a line for each row of the data: its scores, its files, and why it is not selected.
-The selection itself is in data/selection.py. Left out: whether it trains better (data_ablation.py).
+The selection itself is in data/selection.py. Left out: whether it trains better
+(two runs and `compare` show it).
 """
 
 from __future__ import annotations
@@ -42,8 +43,6 @@ PACK_TOKENS = 2048
 MAX_REASONS = 12  # kinds of reasons that an error lists
 SCORES_FILE = "scores.jsonl"
 SELECTED = "selected"  # the subset of the selected rows
-# compare rows by the hidden states of their questions, or by their words
-SIMILARITIES = ("states", "words")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,6 @@ def curate(
     inputs: RunInputs,
     keep: int,
     path: Path,
-    similarity: str = "states",
     *,
     allow_personal: bool = False,
 ) -> CurationResult:
@@ -81,12 +79,12 @@ def curate(
     Raises InputError for an existing folder, rows without answers, and when no row is good enough.
     """
     data = inputs.datasets[ROLE]
-    _check_arguments(inputs, keep, path, similarity)
+    _check_arguments(inputs, keep, path)
     held_out = {role: rows for role, rows in inputs.datasets.items() if role != ROLE}
     excluded = find_faults(data, held_out, allow_personal=allow_personal)
     dtype = DTYPES["bf16" if inputs.machine.has_bf16_matmul else "fp32"]
     model = wrap_model(load_network(inputs.model.path, dtype, inputs.machine.device), dtype)
-    scores = score_rows(model, data, similarity)
+    scores = score_rows(model, data)
     selected, reasons = select_rows(data, scores, excluded, keep)
     reason_counts = Counter(_classify_reason(reason) for reason in reasons.values()).most_common()
     if not len(selected):
@@ -97,12 +95,7 @@ def curate(
             fix += "; where personal data belongs in the answers, add --allow-personal"
         raise InputError(message, where=data.path, fix=fix)
     subsets = {SELECTED: selected, **select_baselines(scores, len(selected), inputs.recipe.seed)}
-    metadata = {
-        "source": data.fingerprint,
-        "model": inputs.model.name,
-        "keep": keep,
-        "similarity": similarity,
-    }
+    metadata = {"source": data.fingerprint, "model": inputs.model.name, "keep": keep}
     with atomic_dir(path, metadata=metadata, key="--to") as folder:
         for name, rows in subsets.items():
             with (folder / f"{name}.jsonl").open("wb") as file:
@@ -114,7 +107,7 @@ def curate(
     return CurationResult(str(path), stats, dict(reason_counts))
 
 
-def _check_arguments(inputs: RunInputs, keep: int, path: Path, similarity: str) -> None:
+def _check_arguments(inputs: RunInputs, keep: int, path: Path) -> None:
     data = inputs.datasets[ROLE]
     if inputs.recipe.stage != "sft" or any(part.format == "text" for part in data.parts):
         message = "selection needs questions with answers, but these rows have none"
@@ -122,10 +115,6 @@ def _check_arguments(inputs: RunInputs, keep: int, path: Path, similarity: str) 
     if keep >= len(data):
         message = f"--keep {keep:,} of {len(data):,} rows leaves nothing to select"
         raise InputError(message, where="data curate", fix="keep fewer")
-    if similarity not in SIMILARITIES:
-        message = f"unknown similarity {similarity!r:.40}"
-        fix = f"use one of {', '.join(SIMILARITIES)}"
-        raise InputError(message, where="--similarity", fix=fix)
     if path.exists():
         fix = "choose another folder with --out, or remove it"
         raise InputError("the folder already exists", where=str(path), fix=fix)
@@ -134,7 +123,7 @@ def _check_arguments(inputs: RunInputs, keep: int, path: Path, similarity: str) 
 # ---------------------------------------------------------------- scores
 
 
-def score_rows(model: PackedCausalLM, data: Dataset, similarity: str = "states") -> SelectionScores:
+def score_rows(model: PackedCausalLM, data: Dataset) -> SelectionScores:
     """Score the last answer of every row, with and without its question, and its neighbors."""
     data = data.with_max_length(model.context_length, "drop")
     num_rows = len(data)
@@ -158,28 +147,20 @@ def score_rows(model: PackedCausalLM, data: Dataset, similarity: str = "states")
             tokens_N[row] = np.count_nonzero(document.weights_L)
         for index, nats, _ in compute_nll(model, documents, PACK_TOKENS):
             nats_N2[cells[index]] = nats
-        if similarity == "states":
-            question_rows = list(questions)
-            means = compute_mean_states(model, list(questions.values()), PACK_TOKENS)
-            for index, mean_H in means:
-                states_NH[question_rows[index]] = mean_H
+        question_rows = list(questions)
+        for index, mean_H in compute_mean_states(model, list(questions.values()), PACK_TOKENS):
+            states_NH[question_rows[index]] = mean_H
     counts_N = np.maximum(1, tokens_N)
     usable_rows = np.setdiff1d(np.arange(num_rows), list(problems))
-    row_texts = [extract_row_texts(data.read_example(row)) for row in range(num_rows)]
-    answer_vectors_NV = build_word_vectors([row.answer for row in row_texts])
-    if similarity == "states":
-        question_vectors_NV = _standardize_states(states_NH, usable_rows)
-        vectors_NV = question_vectors_NV
-    else:
-        question_vectors_NV = build_word_vectors([row.prompt for row in row_texts])
-        vectors_NV = build_word_vectors(["\n".join(row.turns) for row in row_texts])
+    answers = [extract_row_texts(data.read_example(row)).answer for row in range(num_rows)]
+    question_vectors_NH = _standardize_states(states_NH, usable_rows)
     return SelectionScores(
         perplexity_N=np.exp(nats_N2[:, 0] / counts_N),
         difficulty_N=np.exp((nats_N2[:, 0] - nats_N2[:, 1]) / counts_N),
         answer_tokens_N=tokens_N,
         problems=problems,
-        vectors_NV=vectors_NV,
-        neighbors=find_neighbors(question_vectors_NV, answer_vectors_NV, usable_rows),
+        vectors_NV=question_vectors_NH,
+        neighbors=find_neighbors(question_vectors_NH, build_word_vectors(answers), usable_rows),
     )
 
 

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.api.data import data_ablate as data_ablate
 from tunesmith.api.data import data_check as data_check
 from tunesmith.api.data import data_curate as data_curate
 from tunesmith.api.data import data_export_reviews as data_export_reviews
@@ -39,10 +38,10 @@ from tunesmith.core.types import Json, Plan, RunRecord
 from tunesmith.plan.stages import StagedPlan, require_single_stage
 
 if TYPE_CHECKING:
+    from tunesmith.advise.lr_finder import ShortRun, ShortRunTable
     from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
     from tunesmith.advise.measured.run_arm import ArmResult
     from tunesmith.advise.rules.advice import Advice
-    from tunesmith.advise.short_runs import ShortRun, ShortRunTable
     from tunesmith.advise.sweep.records import SweepEvent
     from tunesmith.api.inputs import AnyInputs as AnyInputs
     from tunesmith.core.evidence import RunVerdict

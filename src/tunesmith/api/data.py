@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.api.inputs import AnyPath, load_inputs, read_recipe, split_by_stage
-from tunesmith.core.atomic import write_file
 from tunesmith.core.formatting import format_count
-from tunesmith.core.json_io import dump_json
-from tunesmith.core.types import DataReport, Plan
+from tunesmith.core.types import DataReport
 from tunesmith.plan.stages import require_single_stage
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from tunesmith.advise.curate import CurationResult
-    from tunesmith.advise.short_runs import ShortRun, ShortRunTable
     from tunesmith.api.inputs import AnyInputs
     from tunesmith.data.dataset import Dataset
     from tunesmith.data.golden_set import GoldenLock, ReviewImport
     from tunesmith.data.split import SplitResult
     from tunesmith.recipe.load import RecipeLike
-    from tunesmith.session.inputs import RunInputs
 
 
 def data_check(
@@ -75,55 +70,18 @@ def data_curate(
     *,
     keep: int,
     to: AnyPath,
-    similarity: str = "states",
     allow_personal: bool = False,
     **changes: Any,
 ) -> CurationResult:
     """Select `keep` rows of `data` by the base model's scores: quality first, then diversity.
 
     Writes them to a new folder `to`, with a random and a longest subset of the same size for
-    comparison, and a reason for every other row. `similarity` for diversity: "states" (hidden
-    states of the questions) or "words". Rows with personal data are excluded unless
+    comparison, and a reason for every other row. Rows with personal data are excluded unless
     `allow_personal`."""
     from tunesmith.advise.curate import curate
 
     inputs = require_single_stage(load_inputs(recipe, **changes))
-    return curate(inputs, keep, Path(to), similarity, allow_personal=allow_personal)
-
-
-def data_ablate(
-    recipe: RecipeLike | AnyInputs = None,
-    *,
-    folder: AnyPath,
-    steps: int = 30,
-    seeds: int = 1,
-    **changes: Any,
-) -> Iterator[ShortRun | ShortRunTable]:
-    """Train briefly on each subset in a folder of `data_curate`, and on all rows.
-
-    Yields each ShortRun as it ends, then the ShortRunTable, which is also written to the folder.
-    Raises InputError without held-out rows."""
-    from tunesmith.advise.data_ablation import train_subsets
-    from tunesmith.advise.short_runs import ShortRunTable
-
-    inputs = require_single_stage(load_inputs(recipe, **changes))
-    plan = plan_ablation(inputs)
-    for result in train_subsets(plan, inputs, Path(folder), steps=steps, seeds=seeds):
-        if isinstance(result, ShortRunTable):
-            write_file(Path(folder) / "ablation.json", dump_json(result, indent=1))
-        yield result
-
-
-def plan_ablation(inputs: RunInputs) -> Plan:
-    """Plan the short runs, raising what they would before any row is scored."""
-    from tunesmith.advise.short_runs import select_held_out
-    from tunesmith.plan.build import refuse_if_too_large
-    from tunesmith.session.planner import make_plan
-
-    plan = make_plan(inputs)
-    select_held_out(plan, inputs)
-    refuse_if_too_large(plan)
-    return plan
+    return curate(inputs, keep, Path(to), allow_personal=allow_personal)
 
 
 def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:

@@ -218,10 +218,10 @@ def tune_lr(
 ) -> None:
     """Pick a learning rate from five short runs."""
     recipe = parse_recipe_args(args)
-    from tunesmith.cli.views.short_runs import render_short_runs, report_short_runs
+    from tunesmith.cli.views.learning_rates import render_rates, report_rates
 
-    table = report_short_runs(api.tune_lr(recipe, steps=steps), "rate")
-    print_result(table, render_short_runs(table, "rate"), as_json=as_json)
+    table = report_rates(api.tune_lr(recipe, steps=steps))
+    print_result(table, render_rates(table), as_json=as_json)
 
 
 def tune_sweep(

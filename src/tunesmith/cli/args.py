@@ -63,8 +63,9 @@ MAX_RECIPES = 3  # that an error names
 
 # Former flags and verbs -> what to do instead.
 OLD_FLAGS = {
-    "--prove": "use --ablate",
-    "--likeness": "use --similarity",
+    "--ablate": "train on selected.jsonl and on random.jsonl with the same --max-steps, then run "
+    "`tunesmith compare` on the two runs",
+    "--similarity": "leave it out: questions are compared by hidden states",
     "--fit": "use --memory",
     "--calibrate": "use --benchmark",
     "--allow-drift": "use --allow-changes",

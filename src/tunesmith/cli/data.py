@@ -16,7 +16,6 @@ from tunesmith.cli.args import AsJson, RecipeArgs, parse_recipe_args
 from tunesmith.cli.help import option, switch
 from tunesmith.cli.output import print_result
 from tunesmith.core.formatting import format_count
-from tunesmith.plan.stages import require_single_stage
 
 # --to is the former name of --out.
 OutputFolder = Annotated[Path, option("FOLDER", "Output folder; must be new.", "--out", "--to")]
@@ -55,46 +54,21 @@ def data_show(
     print_result({"rows": [text.plain for text in texts]}, *texts, as_json=as_json)
 
 
-def data_curate(  # noqa: PLR0913 - every option is a flag
+def data_curate(
     keep: Annotated[int, option("N", "Number of rows to keep.", min=1)],
     out: OutputFolder,
     args: RecipeArgs = None,
-    similarity: Annotated[
-        str, option("BY", "Similarity for diversity: hidden `states` or `words`.")
-    ] = "states",
     allow_personal: Annotated[
         bool, switch("--allow-personal", "Also select rows with personal data.")
     ] = False,
-    ablate: Annotated[
-        bool, switch("--ablate", "Train briefly on each subset and compare.")
-    ] = False,
-    steps: Annotated[int, option("N", "Steps per --ablate run.", min=5)] = 30,
-    seeds: Annotated[int, option("N", "Seeds per --ablate subset.", min=1)] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Select the most useful rows by base-model scores."""
-    inputs = api.load_inputs(parse_recipe_args(args))
+    recipe = parse_recipe_args(args)
     from tunesmith.cli.views.curate import render_curation
-    from tunesmith.core.json_io import to_jsonable
 
-    if ablate:
-        from tunesmith.api.data import plan_ablation
-
-        plan_ablation(require_single_stage(inputs))
-    curated = api.data_curate(
-        inputs, keep=keep, to=out, similarity=similarity, allow_personal=allow_personal
-    )
-    if not ablate:
-        print_result(curated, render_curation(curated), as_json=as_json)
-        return
-    if not as_json:
-        print_result(curated, render_curation(curated), as_json=False)
-    from tunesmith.cli.views.short_runs import render_short_runs, report_short_runs
-
-    runs = api.data_ablate(inputs, folder=out, steps=steps, seeds=seeds)
-    table = report_short_runs(runs, "trained on")
-    output = {**to_jsonable(curated), "ablation": table}
-    print_result(output, render_short_runs(table, "trained on"), as_json=as_json)
+    curated = api.data_curate(recipe, keep=keep, to=out, allow_personal=allow_personal)
+    print_result(curated, render_curation(curated), as_json=as_json)
 
 
 def data_lock(args: RecipeArgs = None, as_json: AsJson = False) -> None:

@@ -37,7 +37,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "data show": ("recipe.yaml", "recipe.yaml --rows 1 --ids"),
     "data curate": (
         "recipe.yaml --keep 1000 --out curated",
-        "recipe.yaml --keep 1000 --out curated --ablate",
+        "recipe.yaml --keep 1000 --out curated",
     ),
     "data lock": ("recipe.yaml",),
     "data export-reviews": ("recipe.yaml --out reviews.csv",),

@@ -8,8 +8,8 @@ of the answer given its question, over the perplexity of the answer alone. At 1 
 question does not help, and the row is excluded. Below, a high value means much to learn and a low
 one little. Rows whose neighbors disagree with them are excluded too. From the best rows,
 `OVERSAMPLING` times as many as wanted, those are selected that are farthest from the ones selected
-before (farthest-first traversal, Gonzalez 1985), by their words or by hidden states. Rows are never
-edited. Left out: the scores (advise/curate.py)."""
+before (farthest-first traversal, Gonzalez 1985), by hidden states of their questions. Rows are
+never edited. Left out: the scores (advise/curate.py)."""
 
 from __future__ import annotations
 

@@ -58,9 +58,8 @@ def test_states_of_questions_are_means_of_the_stock_models(
     run_inputs: RunInputs, tiny_folder: Path
 ) -> None:
     data = run_inputs.datasets["data"]
-    vectors = score_rows(
-        wrap_model(load_network(tiny_folder, torch.float32), torch.float32), data, "states"
-    ).vectors_NV
+    model = wrap_model(load_network(tiny_folder, torch.float32), torch.float32)
+    vectors = score_rows(model, data).vectors_NV
     stock = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
     means = []
     for row in range(len(data)):
@@ -145,7 +144,5 @@ def test_unusable_arguments_are_refused(
         tunesmith.data_curate(recipe, keep=keep, to=tmp_path / "golden")
     assert not (tmp_path / "golden").exists()
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError, match="unknown similarity 'colour'"):
-        tunesmith.data_curate(run_inputs, keep=3, to=tmp_path / "golden", similarity="colour")
     with pytest.raises(InputError, match="already exists"):
         tunesmith.data_curate(run_inputs, keep=3, to=tmp_path / "mine")

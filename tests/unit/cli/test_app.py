@@ -104,7 +104,9 @@ def test_former_flags_lead_to_flags_that_exist(tunesmith: Callable[..., CliResul
         replacement = fix.split()[1]
         if replacement.startswith("--"):
             assert replacement in helps
-        else:
+        elif verb := re.search(r"`tunesmith (\w+)", fix):
+            assert verb[1] in app.VERBS
+        elif "/" in replacement:
             assert (Path(__file__).parents[3] / replacement).exists()
 
 
