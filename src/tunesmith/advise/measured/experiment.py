@@ -37,6 +37,7 @@ from tunesmith.advise.measured.verdict import (
     choose_options,
     choose_primary_metric,
     collect_candidates,
+    count_looks,
     make_decision,
     split_items,
 )
@@ -136,7 +137,8 @@ def advise_measured(
         has_documents=passages is not None,
         has_schema=inputs.response_schema is not None,
     )
-    experiment = _Experiment(runner, store, item_seconds, start + 60 * config.minutes)
+    looks = count_looks(len(runner.items), len(items))
+    experiment = _Experiment(runner, store, item_seconds, start + 60 * config.minutes, looks)
     arms = build_arms(options)
     yield ExperimentStart(
         model=plan.model.name,
@@ -253,9 +255,15 @@ class _Experiment:
     """The results so far, and the clock. An arm is expected to be as slow as the slowest so far."""
 
     def __init__(
-        self, runner: ArmRunner, store: ResultStore, item_seconds: float, deadline: float
+        self,
+        runner: ArmRunner,
+        store: ResultStore,
+        item_seconds: float,
+        deadline: float,
+        looks: int,
     ) -> None:
         self.runner = runner
+        self.looks = looks
         self.first_items = len(runner.items)
         self.store = store
         self.deadline = deadline
@@ -366,7 +374,12 @@ def _decide(experiment: _Experiment, metric: str, config: ExperimentConfig) -> D
     options = choose_options(values, choosing)
     skipped = [skipped.arm for skipped in experiment.skipped]
     decision = make_decision(
-        options, config.target, config.margin, choosing_items=len(choosing), skipped=skipped
+        options,
+        config.target,
+        config.margin,
+        looks=experiment.looks,
+        choosing_items=len(choosing),
+        skipped=skipped,
     )
     seeds = [len(candidates[option.arm][1]) for option in options if option.approach == "sft"]
     return add_caveats(decision, sum(seeds))

@@ -95,7 +95,8 @@ def _format_split(decision: Decision) -> Text:
 def _render_options(advice: MeasuredAdvice) -> Table:
     decision = advice.decision
     rule = f"margin {decision.margin:g}" if advice.target is None else f"target {advice.target:g}"
-    title = f"{advice.metric} on {decision.judging_items} items (95% CI), {rule}"
+    looks = f" over up to {decision.looks} looks" if decision.looks > 1 else ""
+    title = f"{advice.metric} on {decision.judging_items} items (95% CI{looks}), {rule}"
     columns = ("approach", "arm", "chosen from", advice.metric)
     names = [APPROACH_NAMES[option.approach] for option in decision.options]
     table = make_table(title, *columns, *(f"{name} adds" for name in names[1:]), numbers=())
