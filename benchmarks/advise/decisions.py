@@ -98,10 +98,10 @@ def draw_grades(
 
     def draw(columns: int) -> np.ndarray:
         groups = random.standard_normal((items // kind.group_size + 1, columns))
-        own = random.standard_normal((items, columns))
+        of_item = random.standard_normal((items, columns))
         share = 0.5 if kind.group_size > 1 else 0.0
         of_group = np.repeat(groups, kind.group_size, axis=0)[:items]
-        return np.sqrt(share) * of_group + np.sqrt(1 - share) * own
+        return np.sqrt(share) * of_group + np.sqrt(1 - share) * of_item
 
     difficulty_N1 = np.sqrt(SHARED_DIFFICULTY) * draw(1)
     grades: dict[Arm, np.ndarray] = {}
@@ -153,7 +153,7 @@ def build_table(cases: tuple[Case, ...], repeats: int) -> str:
                 runs = [simulate(case, most_items, kind, random) for _ in range(repeats)]
                 counts = Counter(conclusion for conclusion, _ in runs)
                 wrong = sum(counts[name] for name in case.wrong) / repeats
-                shares = ", ".join(f"{name} {n / repeats:.0%}" for name, n in counts.most_common())
+                shares = ", ".join(f"{name} {n / repeats:.1%}" for name, n in counts.most_common())
                 used = np.mean([items for _, items in runs])
                 lines.append(
                     f"| {case.name} | {most_items} | {kind.name} | {wrong:.1%} | {shares} | "

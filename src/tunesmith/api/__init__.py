@@ -110,19 +110,20 @@ def advise_measured(
     documents: AnyPath | None = None,
     minutes: float = 10.0,
     target: float | None = None,
-    metric: str | None = None,
     margin: float = 0.1,
+    base: str | None = None,
     folder: AnyPath = "runs/advise",
     ranks: Ranks = SINGLE_PROCESS,
     **changes: Any,
 ) -> Iterator[ExperimentStart | ArmResult | MeasuredAdvice]:
     """Recommend whether to fine-tune, measured on `eval_data` within `minutes`.
 
-    Tries prompts, retrieval over `documents`, constrained decoding and short trainings. Yields an
-    ExperimentStart, each ArmResult as it ends, and the MeasuredAdvice last. Results in `folder`
-    are reused. `metric` decides; by default the first that grades the content of answers. Without a
-    `target`, a cheaper approach may be worse by less than `margin`. With `ranks` this is rank 0 of
-    several processes, which share the items out."""
+    Tries prompts, retrieval over `documents`, constrained decoding, prompts of another model `base`
+    and short trainings. Yields an ExperimentStart, each ArmResult as it ends, and the
+    MeasuredAdvice last. Results in `folder` are reused. The first of the recipe's `metrics` that
+    grades the content of answers decides. Without a `target`, a cheaper approach may be worse by
+    less than `margin`. With `ranks` this is rank 0 of several processes, which share the items
+    out."""
     from tunesmith.advise.measured.experiment import ExperimentConfig, advise_measured
     from tunesmith.advise.measured.retrieval import open_passages
     from tunesmith.plan.build import refuse_if_too_large
@@ -132,8 +133,13 @@ def advise_measured(
     inputs = require_single_stage(load_inputs(recipe, **changes))
     plan = make_plan(inputs)
     refuse_if_too_large(plan)
-    config = ExperimentConfig(minutes, target, metric, margin, Path(folder), ranks)
-    yield from advise_measured(plan, inputs, passages, config)
+    config = ExperimentConfig(minutes, target, margin, Path(folder), ranks)
+    other_base = None
+    if base is not None:
+        base_inputs = require_single_stage(load_inputs(recipe, **{**changes, "model": base}))
+        other_base = make_plan(base_inputs), base_inputs
+        refuse_if_too_large(other_base[0])
+    yield from advise_measured(plan, inputs, passages, config, other_base)
 
 
 def plan(

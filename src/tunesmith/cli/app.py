@@ -120,8 +120,8 @@ def advise(  # noqa: PLR0913 - every option is a flag
     documents: Annotated[Path | None, option("PATH", "Texts for retrieval.")] = None,
     minutes: Annotated[float, option("N", "Minutes for --measure; rerun to continue.")] = (10.0),
     target: Annotated[float | None, option("SCORE", "Score that is good enough, 0 to 1.")] = None,
-    metric: Annotated[str | None, option("METRIC", "Metric used to choose the winner.")] = None,
     margin: Annotated[float, option("X", "Score that training must add to pay.")] = (0.1),
+    base: Annotated[str | None, option("MODEL", "Another base model to try with prompts.")] = None,
     out: Annotated[Path, option("FOLDER", "Folder for measured results.")] = Path("runs/advise"),
     gpus: GpusOption = None,
     as_json: AsJson = False,
@@ -129,7 +129,7 @@ def advise(  # noqa: PLR0913 - every option is a flag
     """Recommend whether to fine-tune, by rules or by measurement."""
     if measure and gpus is not None:
         flags = list_flags(measure=True, documents=documents, minutes=minutes, json=as_json)
-        flags += list_flags(target=target, metric=metric, margin=margin, out=out)
+        flags += list_flags(target=target, margin=margin, base=base, out=out)
         raise typer.Exit(launch(gpus, ["advise", *(args or ()), *flags]))
     if measure:
         from tunesmith.cli.views.measured_advice import report_experiment
@@ -140,8 +140,8 @@ def advise(  # noqa: PLR0913 - every option is a flag
                 documents=documents,
                 minutes=minutes,
                 target=target,
-                metric=metric,
                 margin=margin,
+                base=base,
                 folder=out,
                 ranks=ranks,
             )
@@ -149,8 +149,9 @@ def advise(  # noqa: PLR0913 - every option is a flag
                 if (view := report_experiment(result)) is not None:
                     print_result(result, view, as_json=as_json)
         return
-    if documents or target is not None or metric or gpus is not None:
-        message = "--documents, --target, --metric and --gpus have no effect without --measure"
+    if documents or target is not None or base or gpus is not None:
+        flags = "--documents, --target, --base and --gpus"
+        message = f"{flags} have no effect without --measure"
         raise InputError(message, where="command line", fix="add --measure")
     from tunesmith.cli.views.advice import render_advice
 

@@ -65,6 +65,7 @@ MAX_RECIPES = 3  # that an error names
 OLD_FLAGS = {
     "--ablate": "train on selected.jsonl and on random.jsonl with the same --max-steps, then run "
     "`tunesmith compare` on the two runs",
+    "--metric": "set it as the recipe's `metrics`: --metrics METRIC",
     "--similarity": "leave it out: questions are compared by hidden states",
     "--fit": "use --memory",
     "--calibrate": "use --benchmark",

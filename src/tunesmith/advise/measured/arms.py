@@ -1,4 +1,4 @@
-"""List what can be tried on the user's items: prompts, retrieval, a schema, short trainings.
+"""List what can be tried on the user's items: prompts, retrieval, a schema, a base, trainings.
 
     ArmOptions -> every Arm, the most useful first
 
@@ -33,6 +33,7 @@ class Arm:
     passages: int = 0
     is_constrained: bool = False
     examples: int = 0  # rows to train on first
+    base: str = ""  # another model that answers
 
     @property
     def row_key(self) -> Arm:
@@ -50,7 +51,8 @@ class Arm:
             parts.append(f"retrieval of {self.passages} passage{'s' * (self.passages > 1)}")
         if self.is_constrained:
             parts.append("schema enforced")
-        return ", ".join(parts) or "zero-shot"
+        name = ", ".join(parts) or "zero-shot"
+        return f"{self.base}: {name}" if self.base else name
 
     @property
     def variant(self) -> str:
@@ -62,10 +64,12 @@ class Arm:
         return f"{self.name} ({self.variant})" if self.shots else self.name
 
     @property
-    def cost_key(self) -> tuple[bool, bool, int, bool, int, int]:
-        """Sort key by cost: training over retrieval over prompting, then by amount."""
+    def cost_key(self) -> tuple[bool, bool, bool, int, bool, int, int]:
+        """Sort key by cost: training over another base over retrieval over prompting, then by
+        amount."""
         return (
             bool(self.examples),
+            bool(self.base),
             bool(self.passages),
             self.shots,
             self.is_constrained,
@@ -76,25 +80,28 @@ class Arm:
 
 @dataclass(frozen=True)
 class ArmOptions:
-    """The rows, documents and schema that arms can use."""
+    """The rows, documents, schema and other base model that arms can use."""
 
     rows: int  # training rows that can be shown or trained on
     has_documents: bool
     has_schema: bool
+    base: str = ""
 
 
 def build_arms(options: ArmOptions) -> list[Arm]:
     """Return each possible arm once, the most useful first."""
-    return [arm for arm in dict.fromkeys(_list_arms()) if _is_possible(arm, options)]
+    return [arm for arm in dict.fromkeys(_list_arms(options.base)) if _is_possible(arm, options)]
 
 
-def _list_arms() -> list[Arm]:
+def _list_arms(base: str) -> list[Arm]:
     single, several = PASSAGE_COUNTS
     arms = [
         Arm(),
+        Arm(base=base),
         Arm(is_constrained=True),
         Arm(passages=several),
         Arm(shots=DEFAULT_SHOTS),
+        Arm(shots=DEFAULT_SHOTS, base=base),
         Arm(passages=single),
         Arm(examples=100),
         Arm(shots=DEFAULT_SHOTS, shot_layout="labelled"),
@@ -111,6 +118,7 @@ def _list_arms() -> list[Arm]:
     for seed in SEEDS:
         arms += [Arm(shots=DEFAULT_SHOTS, shot_layout=name, seed=seed) for name in SHOT_LAYOUTS]
         arms += [Arm(examples=examples, seed=seed) for examples in TRAINING_SIZES[:3]]
+        arms.append(Arm(shots=DEFAULT_SHOTS, shot_layout="labelled", seed=seed, base=base))
     for seed in SEEDS:
         for shots, name in product(SHOT_COUNTS, SHOT_LAYOUTS):
             arms.append(Arm(shots=shots, shot_layout=name, seed=seed))

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tunesmith.advise.measured.arms import Arm, ArmOptions, build_arms
-from tunesmith.advise.measured.prompting import get_question
-from tunesmith.advise.measured.retrieval import RECALL_CUTOFFS, PassageIndex
+from tunesmith.advise.measured.retrieval import PassageIndex
 from tunesmith.advise.measured.run_arm import (
     ArmResult,
     ArmRunner,
@@ -43,13 +42,11 @@ from tunesmith.advise.measured.verdict import (
 )
 from tunesmith.core.atomic import make_dirs, refuse_links, remove_leftovers, write_file
 from tunesmith.core.errors import GateError, InputError
-from tunesmith.core.events import Score
 from tunesmith.core.json_io import dump_json, parse_as, read_json
 from tunesmith.core.ranks import SINGLE_PROCESS, Ranks
 from tunesmith.core.types import Example, Json, Plan
 from tunesmith.evaluate.generate_until import build_prompts, check_prompts
 from tunesmith.evaluate.metrics import METRICS, split_metric
-from tunesmith.evaluate.statistics import compute_wilson_interval
 from tunesmith.model.hub.base_config import encode_special_floats
 from tunesmith.session.identity import hash_weight_files
 from tunesmith.session.inputs import RunInputs
@@ -90,7 +87,6 @@ class MeasuredAdvice:
     training_rows: int
     decision: Decision
     rows: tuple[ArmRow, ...]
-    recall: dict[int, Score]  # of the answer in the first k passages, by k
     skipped: tuple[SkippedArm, ...]
     unenforced: tuple[str, ...]  # parts of the schema that the grammar does not enforce
     target: float | None
@@ -102,7 +98,6 @@ class MeasuredAdvice:
 class ExperimentConfig:
     minutes: float = 10.0
     target: float | None = None
-    metric: str | None = None
     margin: float = DEFAULT_MARGIN  # that a cheaper approach may be worse by
     folder: Path = Path("runs/advise")
     ranks: Ranks = SINGLE_PROCESS  # which share the items out; the others follow
@@ -117,28 +112,35 @@ class ArmSpeed:
 
 
 def advise_measured(
-    plan: Plan, inputs: RunInputs, passages: PassageIndex | None, config: ExperimentConfig
+    plan: Plan,
+    inputs: RunInputs,
+    passages: PassageIndex | None,
+    config: ExperimentConfig,
+    base: tuple[Plan, RunInputs] | None = None,
 ) -> Iterator[ExperimentStart | ArmResult | MeasuredAdvice]:
-    """Run the experiment.
+    """Run the experiment; `base` is the plan and the inputs of another model on the same rows.
 
     Raises InputError without items, for an unusable metric or schema, and for an item that exceeds
     the context.
     """
     start = time.perf_counter()
-    metrics = _validate_metrics(plan, config)
+    metric = _choose_metric(plan, config)
     items = select_items(inputs)
-    check_prompts(build_prompts(items, inputs.renderer), metrics, inputs.response_schema)
+    check_prompts(build_prompts(items, inputs.renderer), (metric,), inputs.response_schema)
     store = ResultStore(config.folder, _build_fingerprint(plan, inputs, passages))
     runner = ArmRunner.from_plan(plan, inputs, items, passages)
     start_measuring(runner.model, plan, config.ranks)
+    other_base = None if base is None else _OtherBase.load(*base, passages)
     runner, item_seconds = _limit_items(runner, store, config.minutes)
     options = ArmOptions(
         rows=len(sample_examples(runner.rows, 0, MAX_POOL_ROWS)),
         has_documents=passages is not None,
         has_schema=inputs.response_schema is not None,
+        base="" if other_base is None else Path(other_base.runner.plan.model.name).name,
     )
     looks = count_looks(len(runner.items), len(items))
-    experiment = _Experiment(runner, store, item_seconds, start + 60 * config.minutes, looks)
+    deadline = start + 60 * config.minutes
+    experiment = _Experiment(runner, other_base, store, item_seconds, deadline, looks)
     arms = build_arms(options)
     yield ExperimentStart(
         model=plan.model.name,
@@ -149,12 +151,12 @@ def advise_measured(
         minutes=config.minutes,
     )
     yield from experiment.run_arms(arms)
-    yield from experiment.measure_more(items, lambda: _decide(experiment, metrics[0], config))
-    yield _build_advice(experiment, metrics, len(items), config, time.perf_counter() - start)
+    yield from experiment.measure_more(items, lambda: _decide(experiment, metric, config))
+    yield _build_advice(experiment, metric, len(items), config, time.perf_counter() - start)
 
 
-def _validate_metrics(plan: Plan, config: ExperimentConfig) -> tuple[str, ...]:
-    """Return the metrics that grade answers, the deciding one first."""
+def _choose_metric(plan: Plan, config: ExperimentConfig) -> str:
+    """Return the metric that decides."""
     if plan.config.stage != "sft":
         message = f"stage: {plan.config.stage} has no questions with answers to measure"
         raise InputError(message, where="stage", fix="use `stage: sft`")
@@ -166,17 +168,12 @@ def _validate_metrics(plan: Plan, config: ExperimentConfig) -> tuple[str, ...]:
     if not 0 < config.margin < 1:
         message = f"must be between 0 and 1, not {config.margin:g}"
         raise InputError(message, where="--margin", fix="write 10% as 0.1")
-    choices = ", ".join(METRICS)
-    if config.metric is not None and split_metric(config.metric)[0] not in METRICS:
-        message = f"unknown metric {config.metric!r:.60}"
-        raise InputError(message, where="--metric", fix=f"use {choices}")
     # likelihoods and custom code are left out
     metrics = tuple(name for name in plan.config.metrics if split_metric(name)[0] in METRICS)
-    if not metrics and config.metric is None:
+    if not metrics:
         message = "none of the metrics grades answers"
-        raise InputError(message, where="metrics", fix=f"choose one with --metric: {choices}")
-    primary = config.metric or choose_primary_metric(metrics)
-    return (primary, *(name for name in metrics if name != primary))
+        raise InputError(message, where="metrics", fix=f"choose one: {', '.join(METRICS)}")
+    return choose_primary_metric(metrics)
 
 
 def _build_fingerprint(plan: Plan, inputs: RunInputs, passages: PassageIndex | None) -> Json:
@@ -251,18 +248,33 @@ class ResultStore:
 # ---------------------------------------------------------------- running
 
 
+@dataclass(frozen=True)
+class _OtherBase:
+    """Another model, and what its answers depend on."""
+
+    runner: ArmRunner  # without items
+    fingerprint: Json
+
+    @classmethod
+    def load(cls, plan: Plan, inputs: RunInputs, passages: PassageIndex | None) -> _OtherBase:
+        runner = ArmRunner.from_plan(plan, inputs, (), passages)
+        return cls(runner, _build_fingerprint(plan, inputs, passages))
+
+
 class _Experiment:
     """The results so far, and the clock. An arm is expected to be as slow as the slowest so far."""
 
     def __init__(
         self,
         runner: ArmRunner,
+        other_base: _OtherBase | None,
         store: ResultStore,
         item_seconds: float,
         deadline: float,
         looks: int,
     ) -> None:
         self.runner = runner
+        self.other_base = other_base
         self.looks = looks
         self.first_items = len(runner.items)
         self.store = store
@@ -275,7 +287,7 @@ class _Experiment:
     def run_arms(self, arms: Sequence[Arm]) -> Iterator[ArmResult]:
         """Yield each result as it ends; arms that do not fit in the remaining time are skipped."""
         for arm in arms:
-            result = self.store.get(_build_key(arm, self.runner), ArmResult)
+            result = self.store.get(self._build_key(arm, self.runner), ArmResult)
             if result is None:
                 arm_seconds = self._estimate_seconds(arm)
                 remaining_seconds = self.deadline - time.perf_counter()
@@ -301,7 +313,7 @@ class _Experiment:
                 return
             more = dataclasses.replace(self.runner, items=tuple(items[count : 2 * count]))
             arms = self._list_judged_arms(decision)
-            stored = [self.store.get(_build_key(arm, more), ArmResult) for arm in arms]
+            stored = [self.store.get(self._build_key(arm, more), ArmResult) for arm in arms]
             num_seconds = 0.0
             for arm, result in zip(arms, stored, strict=True):
                 num_seconds += 0.0 if result else self._estimate_seconds(arm, len(more.items))
@@ -330,15 +342,23 @@ class _Experiment:
         return self.results[index]
 
     def _try_arm(self, arm: Arm, runner: ArmRunner) -> ArmResult | None:
+        answering = runner
+        if arm.base and self.other_base is not None:
+            answering = dataclasses.replace(self.other_base.runner, items=runner.items)
         try:
-            result = run_arm(runner, arm)
+            result = run_arm(answering, arm)
         except (InputError, GateError) as error:
             if not self.results:
                 raise  # without the zero-shot baseline there is no experiment
             self.skipped.append(SkippedArm(arm, error.message))
             return None
-        self.store.put(_build_key(arm, runner), result)
+        self.store.put(self._build_key(arm, runner), result)
         return result
+
+    def _build_key(self, arm: Arm, runner: ArmRunner) -> Json:
+        base = self.other_base.fingerprint if arm.base and self.other_base else {}
+        items = [example.id for example in runner.items]
+        return {"arm": dataclasses.asdict(arm), "items": items, "base": base}
 
     def _estimate_seconds(self, arm: Arm, items: int = 0) -> float:
         answering = [result.total_seconds - result.train_seconds for result in self.results]
@@ -350,21 +370,17 @@ class _Experiment:
         return share * max(answering, default=0.0) + arm.examples * row_seconds
 
 
-def _build_key(arm: Arm, runner: ArmRunner) -> Json:
-    return {"arm": dataclasses.asdict(arm), "items": [example.id for example in runner.items]}
-
-
-def _build_grader(experiment: _Experiment, metrics: tuple[str, ...]) -> ArmGrader:
+def _build_grader(experiment: _Experiment, metric: str) -> ArmGrader:
     runner = experiment.runner
     questions = build_prompts(runner.items, runner.inputs.renderer)
     row_groups = map_groups(runner.inputs.datasets["eval_data"], runner.inputs.recipe.group)
     groups = tuple(row_groups[question.id] for question in questions) if row_groups else ()
-    return ArmGrader(questions, metrics[0], metrics, runner.inputs.response_schema, groups)
+    return ArmGrader(questions, metric, runner.inputs.response_schema, groups)
 
 
 def _decide(experiment: _Experiment, metric: str, config: ExperimentConfig) -> Decision:
     """Choose an arm of each approach on a third of the first items, and judge it on the others."""
-    grader = _build_grader(experiment, (metric,))
+    grader = _build_grader(experiment, metric)
     first = experiment.first_items
     choosing = split_items(
         [item.id for item in experiment.runner.items[:first]], grader.groups[:first]
@@ -387,7 +403,7 @@ def _decide(experiment: _Experiment, metric: str, config: ExperimentConfig) -> D
 
 def _build_advice(
     experiment: _Experiment,
-    metrics: tuple[str, ...],
+    metric: str,
     available_items: int,
     config: ExperimentConfig,
     seconds: float,
@@ -396,32 +412,15 @@ def _build_advice(
     is_constrained = any(result.arm.is_constrained for result in experiment.results)
     return MeasuredAdvice(
         model=runner.plan.model.name,
-        metric=metrics[0],
+        metric=metric,
         items=len(runner.items),
         available_items=available_items,
         training_rows=len(runner.rows),
-        decision=_decide(experiment, metrics[0], config),
-        rows=build_table(experiment.results, _build_grader(experiment, metrics)),
-        recall=_measure_recall(runner),
+        decision=_decide(experiment, metric, config),
+        rows=build_table(experiment.results, _build_grader(experiment, metric)),
         skipped=tuple(experiment.skipped),
         unenforced=runner.grammar.warnings if is_constrained else (),
         target=config.target,
         minutes=seconds / 60,
         folder=str(config.folder),
     )
-
-
-def _measure_recall(runner: ArmRunner) -> dict[int, Score]:
-    if runner.passages is None:
-        return {}
-    questions = build_prompts(runner.items, runner.inputs.renderer)
-    ranks: list[int | None] = []
-    for item, question in zip(runner.items, questions, strict=True):
-        ranks.append(runner.passages.find_rank(get_question(item), question.expected))
-    recall: dict[int, Score] = {}
-    for cutoff in RECALL_CUTOFFS:
-        hits = sum(rank is not None and rank <= cutoff for rank in ranks)
-        low, high = compute_wilson_interval(hits, len(ranks))
-        name = f"recall@{cutoff}"
-        recall[cutoff] = Score("passages", name, hits / len(ranks), low, high, len(ranks), 0)
-    return recall

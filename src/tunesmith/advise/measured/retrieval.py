@@ -16,14 +16,12 @@ from pathlib import Path
 
 from tunesmith.core.errors import InputError, MachineError
 from tunesmith.data.readers.sources import open_source
-from tunesmith.evaluate.text_metrics import normalize_words
 
 # words of a passage
 MIN_WORDS = 20
 MAX_WORDS = 120
 OVERLAP_WORDS = 30  # shared by two windows
 MAX_QUERY_WORDS = 64  # more do not help
-RECALL_CUTOFFS = (1, 3, 5, 10)
 DOCUMENTS_HINT = "give --documents a folder of .txt and .md files, or a file with a `text` per row"
 
 
@@ -54,15 +52,6 @@ class PassageIndex:
             "SELECT text FROM passages WHERE passages MATCH ? ORDER BY rank LIMIT ?", (query, count)
         )
         return [text for (text,) in rows]
-
-    def find_rank(self, question: str, answer: str) -> int | None:
-        """Return the rank, from 1, of the first passage that contains the answer, None if it is
-        beyond the last cutoff."""
-        answer_words = normalize_words(answer)
-        for rank, text in enumerate(self.search(question, RECALL_CUTOFFS[-1]), start=1):
-            if answer_words in normalize_words(text):
-                return rank
-        return None
 
 
 def open_passages(path: Path) -> PassageIndex:

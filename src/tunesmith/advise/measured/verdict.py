@@ -47,7 +47,7 @@ MIN_USEFUL_SCORE = 0.1  # below it no arm solves the task
 DEFAULT_MARGIN = 0.1  # one answer in ten: what a cheaper approach may be worse by
 CHOOSING_SHARE = 1 / 3  # of the items choose the arms; the others judge them
 MAX_NEEDED_ITEMS = 10_000
-Approach = Literal["prompt", "constrained decoding", "retrieval", "sft"]
+Approach = Literal["prompt", "constrained decoding", "retrieval", "another base", "sft"]
 APPROACHES: tuple[Approach, ...] = get_args(Approach)
 Conclusion = Literal[Approach, "nothing", "undecided"]
 
@@ -60,6 +60,8 @@ def choose_primary_metric(metrics: Sequence[str]) -> str:
 def get_approach(arm: Arm) -> Approach:
     if arm.examples:
         return "sft"
+    if arm.base:
+        return "another base"
     if arm.passages:
         return "retrieval"
     return "constrained decoding" if arm.is_constrained else "prompt"
@@ -73,7 +75,6 @@ class ArmRow:
     arm: Arm
     variants: int  # wordings or seeds
     score: Score
-    other_scores: tuple[Score, ...]  # of the other metrics
     prompt_tokens: float
     request_seconds: float  # of a single request
     train_minutes: float
@@ -110,13 +111,12 @@ class ArmGrader:
 
     questions: tuple[EvalPrompt, ...]
     metric: str
-    metrics: tuple[str, ...]
     schema: Json | None
     groups: tuple[str, ...] = ()  # of the questions, where some are not independent
 
-    def grade(self, results: Sequence[ArmResult], metric: str = "") -> MetricValues:
+    def grade(self, results: Sequence[ArmResult]) -> MetricValues:
         """Return the mean over results of each question that all have answered."""
-        metric = metric or self.metric
+        metric = self.metric
         metric_arg = parse_metric_arg(metric, self.schema)
         indices: list[int] = []
         grades: list[float] = []
@@ -145,13 +145,11 @@ def build_table(results: Sequence[ArmResult], grader: ArmGrader) -> tuple[ArmRow
 
 
 def _build_row(kind: Arm, results: Sequence[ArmResult], grader: ArmGrader) -> ArmRow:
-    others = [metric for metric in grader.metrics if metric != grader.metric]
     return ArmRow(
         name=kind.name,
         arm=kind,
         variants=len(results),
         score=compute_score(grader.grade(results)),
-        other_scores=tuple(compute_score(grader.grade(results, metric)) for metric in others),
         prompt_tokens=statistics.fmean(result.prompt_tokens for result in results),
         request_seconds=statistics.median(result.request_seconds for result in results),
         train_minutes=statistics.fmean(result.train_seconds for result in results) / 60,
@@ -365,4 +363,5 @@ def _iter_caveats(decision: Decision, seeds: int) -> Iterator[str]:
         yield "trained once: the intervals do not cover seed-to-seed variation"
     if decision.conclusion == "nothing":
         best = max(decision.options, key=lambda option: option.score.value)
-        yield f"try another base model: the best here is {best.arm.name}, {best.score.value:.3f}"
+        best_here = f"the best here is {best.arm.name}, {best.score.value:.3f}"
+        yield f"try another base model with --base: {best_here}"

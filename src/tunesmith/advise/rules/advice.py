@@ -175,13 +175,12 @@ NEXT_STEPS: dict[Approach, tuple[str, str]] = {
         "advise --measure {recipe} --schema schema.json",
     ),
     "retrieval": (
-        "put the documents into a folder; recall of the right passage and the model's answers "
-        "from it are measured",
+        "put the documents into a folder; the model's answers from them are measured",
         "advise --measure {recipe} --documents FOLDER",
     ),
     "another base": (
         "measure another base model on the same items",
-        "advise --measure {recipe} --model ORG/NAME",
+        "advise --measure {recipe} --base ORG/NAME",
     ),
     "cpt": ("put the texts into a folder, and hold some out", "plan {recipe} --stage cpt"),
     "sft": ("put the rows into a file, and hold some out", "data check {recipe}"),

@@ -19,6 +19,7 @@ HEADLINES = {
     "prompt": "Don't fine-tune: prompting is enough",
     "constrained decoding": "Don't fine-tune: constrained decoding is enough",
     "retrieval": "Don't fine-tune: retrieval",
+    "another base": "Don't fine-tune: another base model is enough",
     "sft": "Fine-tune",
     "nothing": "Neither: nothing that was tried solves the task",
 }
@@ -26,6 +27,7 @@ APPROACH_NAMES = {
     "prompt": "prompt",
     "constrained decoding": "constrained decoding",
     "retrieval": "retrieval",
+    "another base": "another base",
     "sft": "LoRA",
 }
 UNTRIED_NAMES = {"prompt": "prompts", "constrained decoding": "the schema", "sft": "training"}
@@ -136,9 +138,6 @@ def _render_arms(advice: MeasuredAdvice) -> Table:
 
 
 def _iter_notes(advice: MeasuredAdvice) -> Iterator[str]:
-    if advice.recall:
-        recalls = [f"{score.value:.2f} of top {cutoff}" for cutoff, score in advice.recall.items()]
-        yield f"retrieval recall of the answer: {', '.join(recalls)}"
     for warning in advice.unenforced:
         yield f"not enforced by the grammar: {warning}"
     if advice.skipped:

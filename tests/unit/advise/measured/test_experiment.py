@@ -211,6 +211,22 @@ def test_rows_held_out_for_the_test_are_reported(
     )
 
 
+def test_another_base_answers_the_same_items(writer: Path, tmp_path: Path) -> None:
+    other = save_writer_folder(tmp_path / "other")
+    options = {"minutes": 1e5, "folder": tmp_path / "store", "base": str(other)}
+    events = advise_measured(make_recipe(writer, tmp_path), **options)
+    start, zero_shot, of_base = (next(events) for _ in range(3))
+    assert isinstance(start, ExperimentStart)
+    assert isinstance(zero_shot, ArmResult)
+    assert isinstance(of_base, ArmResult)
+    assert of_base.arm == Arm(base="other")
+    assert of_base.arm.label == "other: zero-shot"
+    assert of_base.answers.keys() == zero_shot.answers.keys()
+    assert {arm.base for arm in start.arms} == {"", "other"}
+    again = advise_measured(make_recipe(writer, tmp_path), **options)
+    assert [next(again) for _ in range(3)][2] == of_base, "loaded from the folder"
+
+
 @pytest.mark.parametrize(
     ("changed", "options", "message"),
     [
@@ -222,7 +238,7 @@ def test_rows_held_out_for_the_test_are_reported(
         ({}, {"margin": 10}, "between 0 and 1, not 10"),
         (REPEATED, {}, "are also in data"),
         (FEW, {}, "5 rows have a question and an answer; at least 9 are needed"),
-        ({}, {"metric": "bleu"}, "unknown metric 'bleu'"),
+        ({"metrics": ["multiple_choice"]}, {}, "none of the metrics grades answers"),
         ({}, {"documents": "nowhere"}, "nowhere"),
         (TEXTS, {}, "stage: cpt has no questions"),
     ],
