@@ -345,7 +345,8 @@ RULES: tuple[Rule, ...] = (
         "recommend_long_prompt",
         ("long-context",),
         lambda n: not n.is_too_long and n.context <= MAX_PROMPT_TOKENS,
-        "requests of up to {n.context:,} tokens: send them whole, and measure on such long items",
+        "up to 32,000 tokens fit into a prompt: send requests whole, and measure on such long "
+        "items",
         recommended=("prompt",),
     ),
     Rule(
@@ -359,10 +360,10 @@ RULES: tuple[Rule, ...] = (
         "recommend_sft_for_translation",
         ("translation",),
         lambda n: n.failed,
-        "prompts were not enough: train on sentence pairs, and few good ones before many noisy "
-        "ones. A language that the base hardly knows needs text in it first",
+        "prompts were not enough: train on few good sentence pairs, after text in a language that "
+        "the base hardly knows. Both gave 7B and 13B models 12 BLEU more than zero-shot",
         "Xu 2023 (2309.11674)",
-        "unverified",
+        "published",
         recommended=("sft",),
     ),
     Rule(
@@ -397,10 +398,10 @@ RULES: tuple[Rule, ...] = (
         "recommend_sft_after_cpt",
         ("domain",),
         lambda n: n.text_bytes >= MIN_TEXT_BYTES,
-        "raw text teaches the language and costs some of the ability to answer: follow it with a "
-        "small set of questions and answers",
+        "raw text taught 7B models three domains and hurt their answers to questions: follow it "
+        "with a small set of questions and answers",
         "Cheng 2023 (2309.09530)",
-        "unverified",
+        "extrapolated",
         recommended=("sft",),
     ),
     Rule(
@@ -416,7 +417,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "reject_few_examples",
-        tuple(need for need in NEEDS if need != "facts"),
+        # a prompt that works, or a large model, writes the rows for a faster or smaller one
+        tuple(need for need in NEEDS if need not in ("facts", "latency", "on-device")),
         lambda n: n.examples < MIN_EXAMPLES,
         "{n.examples} examples: clear gains need 50 to 100, plus some to measure with",
         "OpenAI's fine-tuning guide of 2024",

@@ -57,6 +57,8 @@ CASES: list[Case] = [
     (("tone",), {"examples": 100, "pairs": 499, "prompt": "bad"}, ("sft",)),
     (("latency",), {"examples": 800, "prompt": "good"}, ("sft",)),
     (("latency",), {"examples": 800}, ("prompt",)),
+    (("latency",), {"prompt": "good"}, ("sft",)),  # the prompt writes the rows
+    (("on-device",), {}, ("sft",)),
     (("latency",), {"examples": 800, "prompt": "good", "requests_month": 999}, ("prompt",)),
     (("domain",), {"raw_text": 200_000_000, "examples": 500}, ("cpt", "sft")),
     (("domain",), {"raw_text": 200_000_000}, ("cpt",)),
