@@ -130,7 +130,7 @@ def advise_measured(
     store = ResultStore(config.folder, _build_fingerprint(plan, inputs, passages))
     runner = ArmRunner.from_plan(plan, inputs, items, passages)
     start_measuring(runner.model, plan, config.ranks)
-    other_base = None if base is None else _OtherBase.load(*base, passages)
+    other_base = None if base is None else OtherBase.load(*base, passages)
     runner, item_seconds = _limit_items(runner, store, config.minutes)
     options = ArmOptions(
         rows=len(sample_examples(runner.rows, 0, MAX_POOL_ROWS)),
@@ -249,16 +249,22 @@ class ResultStore:
 
 
 @dataclass(frozen=True)
-class _OtherBase:
-    """Another model, and what its answers depend on."""
+class OtherBase:
+    """Another model, which may read its rows as other messages, and what its answers depend on."""
 
     runner: ArmRunner  # without items
+    items: dict[str, Example]
     fingerprint: Json
 
     @classmethod
-    def load(cls, plan: Plan, inputs: RunInputs, passages: PassageIndex | None) -> _OtherBase:
+    def load(cls, plan: Plan, inputs: RunInputs, passages: PassageIndex | None) -> OtherBase:
+        items = {item.id: item for item in select_items(inputs)}
         runner = ArmRunner.from_plan(plan, inputs, (), passages)
-        return cls(runner, _build_fingerprint(plan, inputs, passages))
+        return cls(runner, items, _build_fingerprint(plan, inputs, passages))
+
+    def make_runner(self, items: Sequence[Example]) -> ArmRunner:
+        mine = tuple(self.items[item.id] for item in items if item.id in self.items)
+        return dataclasses.replace(self.runner, items=mine)
 
 
 class _Experiment:
@@ -267,7 +273,7 @@ class _Experiment:
     def __init__(
         self,
         runner: ArmRunner,
-        other_base: _OtherBase | None,
+        other_base: OtherBase | None,
         store: ResultStore,
         item_seconds: float,
         deadline: float,
@@ -344,7 +350,7 @@ class _Experiment:
     def _try_arm(self, arm: Arm, runner: ArmRunner) -> ArmResult | None:
         answering = runner
         if arm.base and self.other_base is not None:
-            answering = dataclasses.replace(self.other_base.runner, items=runner.items)
+            answering = self.other_base.make_runner(runner.items)
         try:
             result = run_arm(answering, arm)
         except (InputError, GateError) as error:

@@ -19,7 +19,7 @@ from tiny_runs import (
 )
 from tunesmith import advise_measured
 from tunesmith.advise.measured.arms import Arm
-from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice
+from tunesmith.advise.measured.experiment import ExperimentStart, MeasuredAdvice, OtherBase
 from tunesmith.advise.measured.retrieval import PassageIndex, open_passages
 from tunesmith.advise.measured.run_arm import (
     ArmResult,
@@ -225,6 +225,25 @@ def test_another_base_answers_the_same_items(writer: Path, tmp_path: Path) -> No
     assert {arm.base for arm in start.arms} == {"", "other"}
     again = advise_measured(make_recipe(writer, tmp_path), **options)
     assert [next(again) for _ in range(3)][2] == of_base, "loaded from the folder"
+
+
+def test_a_base_without_a_chat_template_reads_the_rows_its_way(
+    writer: Path, tmp_path: Path
+) -> None:
+    """Its shots are no messages: they once met items that were, and the command crashed."""
+    other = save_writer_folder(tmp_path / "other")
+    (other / "chat_template.jinja").unlink()
+    rows = [{"prompt": f"{n} and {n}?", "completion": f"{2 * n}"} for n in range(60)]
+    parts = {"data": rows[:30], "eval_data": rows[30:]}
+    files = {
+        name: str(write_rows(tmp_path / f"{name}.jsonl", part)) for name, part in parts.items()
+    }
+    run_inputs = inputs.load_inputs(make_recipe(other, tmp_path, test_data=(), **files))
+    base = OtherBase.load(planner.make_plan(run_inputs), run_inputs, None)
+    items = select_items(inputs.load_inputs(make_recipe(writer, tmp_path, test_data=(), **files)))
+    assert items[0].messages
+    result = run_arm(base.make_runner(items[:5]), Arm(shots=4, base="other"))
+    assert list(result.answers) == [item.id for item in items[:5]]
 
 
 @pytest.mark.parametrize(
