@@ -125,6 +125,10 @@ def advise_measured(
     """
     start = time.perf_counter()
     metric = _choose_metric(plan, config)
+    if base is not None and inputs.recipe.eval_split is not None:
+        message = "eval_split may hold out other rows from another model"
+        fix = "name eval_data; `tunesmith data split` writes it"
+        raise InputError(message, where="--base", fix=fix)
     items = select_items(inputs)
     check_prompts(build_prompts(items, inputs.renderer), (metric,), inputs.response_schema)
     store = ResultStore(config.folder, _build_fingerprint(plan, inputs, passages))
@@ -268,7 +272,7 @@ class OtherBase:
 
 
 class _Experiment:
-    """The results so far, and the clock. An arm is expected to be as slow as the slowest so far."""
+    """The results so far, and the clock. An arm may take as long as the slowest of its model."""
 
     def __init__(
         self,
@@ -367,7 +371,8 @@ class _Experiment:
         return {"arm": dataclasses.asdict(arm), "items": items, "base": base}
 
     def _estimate_seconds(self, arm: Arm, items: int = 0) -> float:
-        answering = [result.total_seconds - result.train_seconds for result in self.results]
+        by_model = [result for result in self.results if result.arm.base == arm.base]
+        answering = [each.total_seconds - each.train_seconds for each in by_model or self.results]
         training = [
             each.train_seconds / each.arm.examples for each in self.results if each.arm.examples
         ]

@@ -30,7 +30,6 @@ class PassageIndex:
 
     def __init__(self, texts: Sequence[str], fingerprint: str = "") -> None:
         self.fingerprint = fingerprint
-        self.num_passages = len(texts)
         self._index = sqlite3.connect(":memory:")
         try:
             self._index.execute(

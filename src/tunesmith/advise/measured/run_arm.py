@@ -22,11 +22,11 @@ from tunesmith.advise.measured.arms import Arm
 from tunesmith.advise.measured.prompting import add_passages, add_shots, get_question
 from tunesmith.advise.measured.retrieval import PassageIndex
 from tunesmith.core.errors import GateError, InputError
+from tunesmith.core.progress_log import log_progress
 from tunesmith.core.types import (
     Document,
     Example,
     GenerationOutput,
-    GenerationRequest,
     Plan,
     PlanValue,
     require,
@@ -40,7 +40,6 @@ from tunesmith.evaluate.generate_until import (
     compute_max_new_tokens,
     iter_answers,
 )
-from tunesmith.evaluate.shared_items import generate_all
 from tunesmith.evaluate.statistics import MIN_ITEMS
 from tunesmith.model.adapters import copy_weights, restore_weights
 from tunesmith.model.causal_lm import PackedCausalLM
@@ -200,7 +199,7 @@ def run_arm(runner: ArmRunner, arm: Arm) -> ArmResult:
             train_seconds = _train_arm(runner, arm)
             send_weights(runner.model)
         seconds = _time_single_requests(runner, questions, grammar)
-        answers = _generate_answers(runner, questions, arm)
+        answers = _generate_answers(runner, questions, grammar)
     finally:
         if arm.examples:
             restore_weights(runner.model.network, runner.start_weights)
@@ -252,16 +251,12 @@ def _iter_answers(
     )
 
 
-def _generate_answers(runner: ArmRunner, questions: Sequence[EvalPrompt], arm: Arm) -> list[str]:
-    if arm.is_constrained:
-        answers = dict(_iter_answers(runner, questions, runner.grammar))
-        return [answers[index].text for index in range(len(questions))]
-    requests = [
-        GenerationRequest(question.prompt_ids, runner.max_answer_tokens) for question in questions
-    ]
-    renderer = runner.inputs.renderer
-    outputs = generate_all(runner.model, requests, decode=renderer.decode, end_ids=renderer.end_ids)
-    return [output.text for output in outputs]
+def _generate_answers(
+    runner: ArmRunner, questions: Sequence[EvalPrompt], grammar: Grammar | None
+) -> list[str]:
+    answers = _iter_answers(runner, questions, grammar)
+    outputs = dict(log_progress(answers, len(questions), "answers"))
+    return [outputs[index].text for index in range(len(questions))]
 
 
 def _train_arm(runner: ArmRunner, arm: Arm) -> float:

@@ -157,13 +157,11 @@ def list_eval_tasks(inputs: RunInputs) -> tuple[str, ...]:
     if not names:
         return (EVAL_TASK,)
     trained = [name for name in names if name in inputs.datasets["data"].tasks]
-    if len(trained) > 1:
-        return (f"{EVAL_TASK}: mean of tasks",)
-    if len(trained) == 1:
-        return (f"{EVAL_TASK}: {trained[0]}",)
-    if len(names) > 1:
-        return (f"{EVAL_TASK}: mean of held-out tasks",)
-    return (f"{EVAL_TASK}: {names[0]} (held out)",)
+    if trained:
+        label = trained[0] if len(trained) == 1 else "mean of tasks"
+    else:
+        label = f"{names[0]} (held out)" if len(names) == 1 else "mean of held-out tasks"
+    return (f"{EVAL_TASK}: {label}",)
 
 
 # ---------------------------------------------------------------- trials

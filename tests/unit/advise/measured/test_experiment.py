@@ -259,6 +259,7 @@ def test_a_base_without_a_chat_template_reads_the_rows_its_way(
         (FEW, {}, "5 rows have a question and an answer; at least 9 are needed"),
         ({"metrics": ["multiple_choice"]}, {}, "none of the metrics grades answers"),
         ({}, {"documents": "nowhere"}, "nowhere"),
+        ({"eval_data": (), "eval_split": 0.5}, {"base": "the same"}, "hold out other rows"),
         (TEXTS, {}, "stage: cpt has no questions"),
     ],
     ids=[
@@ -272,6 +273,7 @@ def test_a_base_without_a_chat_template_reads_the_rows_its_way(
         "few",
         "metric",
         "documents",
+        "base",
         "stage",
     ],
 )
@@ -281,6 +283,8 @@ def test_unusable_options_are_refused(
     if changed in (REPEATED, FEW):
         rows = build_sum_rows(1, 12) if changed is REPEATED else build_sum_rows(100, 5)
         changed = {"eval_data": str(write_rows(tmp_path / "items.jsonl", rows))}
+    if "base" in options:
+        options = {"base": str(writer)}
     if changed is TEXTS:
         texts = [
             str(write_rows(tmp_path / f"{n}.jsonl", [{"text": f"{n}{n} texts"}] * 2)) for n in "abc"

@@ -27,9 +27,6 @@ def test_the_passage_with_the_rare_words_comes_first() -> None:
         ]
     )
     assert passages.search("Which version has nettle?", 2)[0] == "version 3.8.1 of nettle"
-    assert passages.find_rank("Which version has nettle?", "3.8.1") == 1
-    assert passages.find_rank("What did the dog do?", "barked") == 1
-    assert passages.find_rank("What did the dog do?", "meowed") is None
     assert passages.search("dogs barking", 1) == ["the dog barked at the cat"], "words are stemmed"
     assert passages.search('"?* AND NEAR(', 3) == [], "nothing of a question is syntax"
     assert passages.search("", 3) == []
@@ -51,7 +48,7 @@ def test_paragraphs_are_passages_with_headings_joined_and_long_ones_windowed() -
 def test_folders_and_rows_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("one text about herons")
     (tmp_path / "b.txt").write_text("another about owls")
-    assert open_passages(tmp_path).num_passages == 2
+    assert len(open_passages(tmp_path).search("herons owls", 9)) == 2
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "of owls"}\n{"text": "of herons"}\n')
     assert open_passages(rows).search("herons?", 1) == ["of herons"]
