@@ -34,7 +34,7 @@ from typer.models import ArgumentInfo
 from tunesmith.cli.app import VERBS
 from tunesmith.cli.output import PIPE_WIDTH
 from tunesmith.core.types import Json
-from tunesmith.model.hub.families import FAMILIES, REFUSED_TYPES
+from tunesmith.model.hub.families import REFUSED_TYPES, TEXT_FAMILIES
 from tunesmith.plan.hardware_presets import HARDWARE_PRESETS
 from tunesmith.recipe import fields, objectives, schema, sweep
 from tunesmith.recipe.explain import describe_schema
@@ -158,11 +158,11 @@ def _build_help_page(name: str, verb: Callable[..., None]) -> list[str]:
 
 
 def build_family_table() -> list[str]:
-    """Every model type by the layers that it may have, with a mark for those that
+    """Every named model type by the layers that it may have, with a mark for those that
     `benchmarks.train.families` has not measured."""
     measured = _read_measured_types()
     types: dict[str, list[str]] = {}
-    for model_type, family in FAMILIES.items():
+    for model_type, family in TEXT_FAMILIES.items():
         layers = [LAYER_NAMES[mixer] for mixer in sorted(family.mixers)]
         if family.has_experts:
             layers.append("experts")

@@ -30,7 +30,6 @@ ALLOWED = {
     ("data/chat_template/compiled_template.py", "TrackedEnvironment"),
     ("data/chat_template/compiled_template.py", "PlainEnvironment"),
     ("model/causal_lm.py", "apply_chat_template"),  # the second opinion: transformers' own render
-    ("model/reference_load.py", "apply_chat_template"),
     ("report/html.py", "Environment"),  # our own templates, never a stranger's
     ("report/html.py", "get_template"),
     ("export/servers.py", "Environment"),

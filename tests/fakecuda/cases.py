@@ -64,7 +64,7 @@ from tunesmith.model.adapters import METHODS
 from tunesmith.model.causal_lm import compute_stock_logits, load_network, wrap_model
 from tunesmith.model.flash_attention import attend_gathered, attend_merged
 from tunesmith.model.generation.engine import generate
-from tunesmith.model.hub.families import TEXT_FAMILIES
+from tunesmith.model.hub.families import UNIFORM_CLASSES
 from tunesmith.model.kernels import ops
 from tunesmith.model.quantization import load_quantized
 from tunesmith.model.save import STATE_FILE
@@ -424,7 +424,8 @@ def save_model(folder: Path) -> Path:
 
 # a config of each type that models have
 FAMILY_CONFIGS = dict(CONFIGS)
-for model_type in sorted(TEXT_FAMILIES.keys() - {config.model_type for config in CONFIGS.values()}):
+PLAIN_TYPES = UNIFORM_CLASSES.keys() - {config.model_type for config in CONFIGS.values()}
+for model_type in sorted(PLAIN_TYPES):
     sizes = SIZES | {"hidden_size": 64, "head_dim": 16}
     FAMILY_CONFIGS[model_type] = AutoConfig.for_model(model_type, **sizes)
 LATENT = make_wide_config("minicpm3")  # heads that flash attention takes

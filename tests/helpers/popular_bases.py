@@ -247,14 +247,14 @@ EXPERTS = {
             make_config(
                 *("deepseek_v32", "DeepseekV32ForCausalLM", 7168, 61, 128, 128, 18_432, 129_280)
             ),
-            refused="indexer",
+            layers=(61, 0),
         ),
         PublishedModel(
             "GLM-5",
             make_config(
                 *("glm_moe_dsa", "GlmMoeDsaForCausalLM", 6144, 78, 64, 64, 12_288, 154_880)
             ),
-            refused="indexer",
+            layers=(78, 0),
         ),
     ),
 }

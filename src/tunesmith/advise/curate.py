@@ -36,7 +36,8 @@ from tunesmith.data.selection import (
 )
 from tunesmith.data.split import encode_row
 from tunesmith.evaluate.loglikelihood import compute_mean_states, compute_nll
-from tunesmith.model.causal_lm import DTYPES, PackedCausalLM, load_network, wrap_model
+from tunesmith.model.causal_lm import DTYPES, PackedCausalLM, load_network
+from tunesmith.session.family_proof import wrap_proven
 from tunesmith.session.inputs import RunInputs
 
 PACK_TOKENS = 2048
@@ -83,7 +84,7 @@ def curate(
     held_out = {role: rows for role, rows in inputs.datasets.items() if role != ROLE}
     excluded = find_faults(data, held_out, allow_personal=allow_personal)
     dtype = DTYPES["bf16" if inputs.machine.has_bf16_matmul else "fp32"]
-    model = wrap_model(load_network(inputs.model.path, dtype, inputs.machine.device), dtype)
+    model = wrap_proven(load_network(inputs.model.path, dtype, inputs.machine.device), dtype)
     scores = score_rows(model, data)
     selected, reasons = select_rows(data, scores, excluded, keep)
     reason_counts = Counter(_classify_reason(reason) for reason in reasons.values()).most_common()

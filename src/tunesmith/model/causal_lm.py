@@ -33,7 +33,12 @@ from tunesmith.model.bank_linear import RowAdapters
 from tunesmith.model.experts import freeze_routing
 from tunesmith.model.frozen_weight import BlockedWeight, has_onednn_bf16, limit_onednn_cache
 from tunesmith.model.hub.stored_tensors import has_uniform_layers
-from tunesmith.model.hub.text_class import LOAD_ERRORS, transformers_errors, use_torch_code
+from tunesmith.model.hub.text_class import (
+    LOAD_ERRORS,
+    get_context_length,
+    transformers_errors,
+    use_torch_code,
+)
 from tunesmith.model.kernels import ops
 from tunesmith.model.layers import (
     MIXERS,
@@ -60,22 +65,10 @@ DTYPES = {
     "fp64": torch.float64,
 }
 STOCK_DROPOUTS = ("residual_dropout", "embedding_dropout")  # numbers in modules
-# model type -> the key of its config that scales logits, and its exponent. Other types ignore these
-# keys, and a config may have any.
-HEAD_FACTORS = {
-    "cohere": ("logit_scale", 1),
-    "cohere2": ("logit_scale", 1),
-    "cohere2_moe": ("logit_scale", 1),
-    "falcon_h1": ("lm_head_multiplier", 1),
-    "hyperclovax": ("logits_scaling", 1),
-    **dict.fromkeys(("granite", "granite_swa", "minicpm3"), ("logits_scaling", -1)),
-    **dict.fromkeys(("granitemoe", "granitemoe_swa"), ("logits_scaling", -1)),
-    **dict.fromkeys(("granitemoehybrid", "granitemoeshared"), ("logits_scaling", -1)),
-}
-# types that cap logits
-CAPPED_HEAD_TYPES = (
-    *("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "nanochat", "vaultgemma"),
-)
+# names in the forwards of classes with a head -> the exponent of this factor of logits
+HEAD_FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+MULTIPLIED_TYPES = ("hyperclovax",)  # others divide by logits_scaling
+HEAD_CAP = "final_logit_softcapping"
 RunLayers = Callable[[Tensor], Tensor | None]
 Network = PreTrainedModel  # for other packages, which do not import transformers
 # our attention; transformers builds no mask for a name without a mask function
@@ -169,7 +162,7 @@ def encode_stock_conversation(
     """Return the ids of a conversation from transformers' tokenizer and chat template.
 
     `variables` are passed to the template; `added_tokens` are added to the tokenizer first."""
-    encoded = _load_tokenizer(folder, added_tokens).apply_chat_template(
+    encoded = load_stock_tokenizer(folder, added_tokens).apply_chat_template(
         list(messages),
         tools=list(tools) or None,
         chat_template=template,
@@ -182,7 +175,7 @@ def encode_stock_conversation(
 
 
 @functools.lru_cache(maxsize=1)
-def _load_tokenizer(folder: Path, added_tokens: tuple[str, ...]):
+def load_stock_tokenizer(folder: Path, added_tokens: tuple[str, ...]):
     tokenizer: Any = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
@@ -211,20 +204,20 @@ def get_lm_head(network: PreTrainedModel) -> LMHead:
     output = network.get_output_embeddings()
     assert output is not None, "a causal language model has a head"
     gather_weights(output)
+    # configs may have keys that the class ignores
+    names = inspect.unwrap(type(network).forward).__code__.co_names
     scale = 1.0
-    if config.model_type in HEAD_FACTORS:
-        name, exponent = HEAD_FACTORS[config.model_type]
+    for name in HEAD_FACTORS.keys() & {*names}:
         factor = getattr(config, name)
         if not factor:
             message = f"{name} is {factor!r}, by which logits cannot be scaled"
             raise InputError(message, where="config.json", fix="download config.json again")
-        scale = float(factor) ** exponent
+        is_multiplied = config.model_type in MULTIPLIED_TYPES
+        scale = float(factor) ** (1 if is_multiplied else HEAD_FACTORS[name])
     new_rows = get_new_rows(output)
     if new_rows is not None:
         new_rows.write_into(output.weight)
-    softcap = 0.0
-    if config.model_type in CAPPED_HEAD_TYPES:
-        softcap = float(config.final_logit_softcapping or 0)
+    softcap = float(getattr(config, HEAD_CAP) or 0) if HEAD_CAP in names else 0.0
     return LMHead(output.weight, output.bias, scale, softcap, new_rows)
 
 
@@ -272,7 +265,7 @@ class PackedCausalLM:
 
     @property
     def context_length(self) -> int:
-        return self.network.config.get_text_config().max_position_embeddings
+        return get_context_length(self.network.config)
 
     @property
     def cache_bytes_per_token(self) -> int:

@@ -20,9 +20,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,16 +43,7 @@ from tunesmith.model.frozen_weight import NF4Weight
 from tunesmith.model.hub.expert_names import INNER, OUTPUT_STACK, is_expert_path
 from tunesmith.model.packed_formats import Mxfp4ExpertWeight
 
-EXPERT_FAMILIES = (
-    *("Afmoe", "Cohere2Moe", "DeepseekV2", "DeepseekV3", "Dots1", "Ernie4_5_Moe", "FlexOlmo"),
-    *("Gemma4Text", "Glm4Moe", "Glm4MoeLite", "GptOss", "GraniteMoe", "GraniteMoeHybrid"),
-    *("GraniteMoeSWA", "GraniteMoeShared", "HunYuanMoEV1", "Lfm2Moe", "Mellum", "MiniMaxM2"),
-    *("Mixtral", "NemotronH", "Olmoe", "Qwen2Moe", "Qwen3Moe", "Qwen3Next", "Qwen3_5Moe"),
-    "SolarOpen",
-)
-EXPERT_CLASSES = tuple(f"{family}Experts" for family in EXPERT_FAMILIES)
-# matrices of an expert that are one matrix in transformers' stack
-GATED_PARTS = ("gate_proj", "up_proj")
+DEFAULT_GATE = "transformers.integrations.moe"  # the module of act(gate) * up
 OUTPUT_WORDS = {"down_proj", "w2"}
 SECOND_WORDS = {"up_proj", "w3"}  # of what lies below the gate in the stack
 
@@ -239,7 +231,8 @@ class Experts(nn.Module):
         self.is_transposed: bool = stock.is_transposed
         is_interleaved = not stock.is_concatenated
         self.input_name, self.output_name = list_stacks(stock)
-        self.act_fn = None if is_interleaved else stock.act_fn
+        self.act_fn = None if is_interleaved else getattr(stock, "act_fn", None)
+        self.other_gate = None if is_interleaved else _find_other_gate(stock)
         self.clamp = (float(stock.alpha), float(stock.limit)) if is_interleaved else None
         for name in (self.input_name, self.output_name):
             setattr(self, f"{name}_bias", getattr(stock, f"{name}_bias", None))
@@ -294,6 +287,8 @@ class Experts(nn.Module):
             gate = hidden_RG[:, ::2].clamp(max=limit)
             up = hidden_RG[:, 1::2].clamp(-limit, limit)
             return (up + 1) * gate * torch.sigmoid(alpha * gate)
+        if self.other_gate is not None:
+            return self.other_gate(hidden_RG)
         assert self.act_fn is not None
         if not self.has_gate:
             return self.act_fn(hidden_RG)
@@ -323,9 +318,22 @@ def find_experts(network: nn.Module) -> dict[str, Experts]:
     return {path: m for path, m in network.named_modules() if isinstance(m, Experts)}
 
 
-def is_stock_experts(module: nn.Module) -> bool:
+def is_stock_experts(module: Any) -> bool:
     """Return whether a module is a stack of experts that `Experts` stands in for."""
-    return type(module).__name__ in EXPERT_CLASSES
+    if not hasattr(module, "is_concatenated") or module.has_post_expert_norm:
+        return False
+    is_plain = module.is_concatenated and not (module.has_bias or module.is_transposed)
+    return is_plain or type(module).__name__ == "GptOssExperts"
+
+
+def _find_other_gate(stock: Any) -> Callable[[Tensor], Tensor] | None:
+    """Return the gate of experts that have another one than most, without their weights."""
+    gate = getattr(type(stock), "_apply_gate", None)
+    if gate is None or gate.__module__ == DEFAULT_GATE or not stock.has_gate:
+        return None
+    values = {name: value for name, value in vars(stock).items() if not name.startswith("_")}
+    values["act_fn"] = getattr(stock, "act_fn", None)
+    return MethodType(gate, SimpleNamespace(**values))
 
 
 def freeze_routing(network: Any) -> None:

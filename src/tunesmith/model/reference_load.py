@@ -5,6 +5,7 @@ GGUF weights come through transformers' own reader, which shares no code with ou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.core.types import Json
-from tunesmith.model.causal_lm import Network
+from tunesmith.model.causal_lm import Network, encode_stock_conversation, load_stock_tokenizer
 from tunesmith.model.hub.text_class import load_config, transformers_errors, use_torch_code
 
 
@@ -24,22 +25,10 @@ def encode_stock_prompts(
 ) -> list[tuple[int, ...]]:
     """Return the ids of each (messages, tools) with a generation prompt, from the folder's
     tokenizer and template. `variables` are passed to the template."""
+    load_stock_tokenizer.cache_clear()  # the folder may have been written anew
+    encode = functools.partial(encode_stock_conversation, folder, add_generation_prompt=True)
     with transformers_errors(folder):
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-    prompt_ids: list[tuple[int, ...]] = []
-    for messages, tools in prompts:
-        encoded = tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) or None,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **variables,
-        )
-        prompt_ids.append(tuple(encoded["input_ids"]))
-    return prompt_ids
+        return [tuple(encode(messages, tools, None, variables)) for messages, tools in prompts]
 
 
 def load_config_dict(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tunesmith.core.errors import InputError, MachineError
 from tunesmith.core.hardware import measure_machine
 from tunesmith.core.types import require
 from tunesmith.model.adapter_bank import AdapterBank
-from tunesmith.model.causal_lm import DTYPES, load_network, wrap_model
+from tunesmith.model.causal_lm import DTYPES, load_network
 from tunesmith.model.generation.engine import DecodeBatch
 from tunesmith.serve.app import build_app
 from tunesmith.serve.errors import RequestError
@@ -39,6 +39,7 @@ from tunesmith.serve.routes import RouteTable
 from tunesmith.serve.scheduler import Scheduler
 from tunesmith.serve.settings import BASE_NAME, ModelSource, ServeSettings
 from tunesmith.serve.sources import BaseSource, find_base_name, find_dtype, open_adapter, open_base
+from tunesmith.session.family_proof import wrap_proven
 
 FIRST_KEY = "first"  # made at the first start on this machine
 CUT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -94,7 +95,7 @@ def prepare_server(settings: ServeSettings) -> PreparedServer:
 def load_batch(base: BaseSource, dtype: str, settings: ServeSettings) -> DecodeBatch:
     """Load the base model, with an empty bank of adapters."""
     network = load_network(base.path, DTYPES[dtype], measure_machine(base.path).device)
-    model = wrap_model(network, DTYPES[dtype])
+    model = wrap_proven(network, DTYPES[dtype])
     model.network.eval()
     return DecodeBatch(
         model,

@@ -112,6 +112,7 @@ class PreflightSamples:
     stock: StockNetwork | None = None  # to compare blocks with
     is_adapted: bool = False  # training starts from an adapter
     oracle: OracleLogits | str = NO_ORACLE  # or why nothing was compared
+    full_pack: int = 0  # tokens of the run's packs if no table names the family: one is compared
     folder_end_ids: frozenset[int] = frozenset()  # ends by generation_config and tokenizer
     end_texts: Mapping[int, str] = field(default_factory=dict[int, str])  # of all end tokens
 
@@ -392,6 +393,13 @@ def find_siblings(layout: PackLayout) -> tuple[int, int] | None:
 def pack_documents(documents: Sequence[Document], device: Device = "cpu") -> Batch:
     (pack,) = pack_step(documents, sum(map(len, documents)))
     return collate(pack, device)
+
+
+def fill_pack(documents: Sequence[Document], pack_length: int) -> tuple[Document, ...]:
+    """Return documents with so many copies of the last that they fill a pack."""
+    missing = pack_length - sum(map(count_input_tokens, documents))
+    copies = max(0, missing // count_input_tokens(documents[-1]))
+    return (*documents, *(documents[-1],) * copies)
 
 
 def pack_beyond(documents: Sequence[Document], limit: int, device: Device = "cpu") -> Batch:

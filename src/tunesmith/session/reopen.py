@@ -23,10 +23,11 @@ from tunesmith.core.run_dir import (
     require_run,
 )
 from tunesmith.core.types import Plan
-from tunesmith.model.causal_lm import DTYPES, PackedCausalLM, load_network, wrap_model
+from tunesmith.model.causal_lm import DTYPES, PackedCausalLM, load_network
 from tunesmith.model.hub.adapter_config import ADAPTER_WEIGHTS_FILE
 from tunesmith.model.save import load_adapter
 from tunesmith.session import inputs
+from tunesmith.session.family_proof import wrap_proven
 from tunesmith.session.identity import check_provenance
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.session import Session, load_starting_model, open_eval_session
@@ -60,7 +61,7 @@ def load_trained_model(path: Path, plan: Plan, inputs: RunInputs) -> PackedCausa
     if plan.config.method == "full":
         dtype = DTYPES[plan.config.dtype]
         network = load_network(weights_dir, dtype, inputs.machine.device)
-        return wrap_model(network, dtype, plan.config.attention)
+        return wrap_proven(network, dtype, plan.config.attention)
     model = load_starting_model(plan, inputs)
     load_adapter(model.network, weights_dir / ADAPTER_WEIGHTS_FILE)
     return model

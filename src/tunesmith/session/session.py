@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,7 @@ from tunesmith.model.quantization import build_truncated_network, load_quantized
 from tunesmith.model.save import load_adapter, stock_with_adapter
 from tunesmith.model.target_modules import has_only_words, match_saved_parameters
 from tunesmith.model.weight_shards import WeightShards, count_sharing_ranks, join_ranks
+from tunesmith.session.family_proof import is_unnamed, wrap_proven
 from tunesmith.session.inputs import RunInputs
 from tunesmith.session.preflight_probe import (
     PreflightSamples,
@@ -197,6 +198,7 @@ def _prepare_samples(
         samples = dataclasses.replace(
             samples,
             oracle=compute_oracle_logits(network, samples.documents),
+            full_pack=require(plan.config.pack_length) if is_unnamed(network) else 0,
         )
     return dataclasses.replace(samples, stock=StockNetwork(network), is_adapted=adapter is not None)
 
@@ -235,14 +237,18 @@ def _load_base_network(
 
 
 def _wrap_network(
-    network: Network, plan: Plan, inputs: RunInputs, shards: WeightShards | None = None
+    network: Network,
+    plan: Plan,
+    inputs: RunInputs,
+    shards: WeightShards | None = None,
+    wrap: Callable[..., PackedCausalLM] = wrap_proven,
 ) -> PackedCausalLM:
     if shards is not None and plan.config.method == "full":
         shards.train(network)
     METHODS[plan.config.method](network, plan.values)
     if inputs.adapter is not None:
         load_adapter(network, inputs.adapter.weights_path)
-    return wrap_model(
+    return wrap(
         network,
         DTYPES[plan.config.dtype],
         plan.config.attention,
@@ -272,7 +278,9 @@ def open_truncated_session(
         plan = plan.with_settings(lora_target_modules=all_linear)
     if plan.config.modules_to_save:
         plan = _drop_missing_modules(plan, network)
-    session = open_eval_session(plan, inputs, _wrap_network(network, plan, inputs, shards))
+    # weights that are all equal prove nothing
+    model = _wrap_network(network, plan, inputs, shards, wrap_model)
+    session = open_eval_session(plan, inputs, model)
     return dataclasses.replace(session, rehearsal=build_rehearsal(plan, inputs))
 
 

@@ -160,7 +160,7 @@ def test_a_loss_in_a_pack_differs_by_rounding_at_most(
         raise_packed_losses(patch, 1 + 5e-6 * change)
         result = preflight_forward.check_packed_loss(Subject(model, samples))
     assert result.num_checked == 3
-    assert result.evidence.startswith("3 documents, relative difference at most ")
+    assert result.evidence.startswith("3 documents in a pack of ")
     assert result.evidence.endswith("; document lengths 9, 14, 33")
     worst = float(result.evidence.split("at most ")[1].split(",")[0])
     assert worst == pytest.approx(5e-6, abs=2e-6)

@@ -21,9 +21,10 @@ INPUT_STACKS = ("gate_up_proj", "up_proj")
 MATRIX_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 # it asks the model type alone, whether or not a layer has experts
 PEFT_EXPERT_TYPES = {
-    *("afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "flex_olmo"),
-    *("glm4_moe", "glm4_moe_lite", "hunyuan_v1_moe", "mellum", "minimax_m2", "mixtral", "olmoe"),
-    *("qwen3_moe", "qwen3_next", "sarvam_mla", "solar_open"),
+    *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1"),
+    *("ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
+    *("hunyuan_v1_moe", "longcat_flash", "mellum", "minimax_m2", "mixtral", "olmoe", "qwen3_moe"),
+    *("qwen3_next", "sarvam_mla", "solar_open"),
 }
 
 

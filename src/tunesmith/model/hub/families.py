@@ -1,15 +1,17 @@
 """The model types that tunesmith takes, and what their layers are made of.
 
-    FAMILIES[model_type] -> Family
+    find_family(model_type) -> Family | None
     find_layer_mixers(config, family) -> ("delta", "delta", "delta", "attention", ...)
 
-A type that is not in the table is refused by name, and so is a layer whose token mixer is not in
-`READY`: packed documents would leak through a layer that carries state and does not start anew at
-every document. The table names classes of transformers and loads none of them. Left out: sizes,
-which come from config.json and the headers of the weights (spec.py)."""
+The table has what must be known of a type before transformers is loaded, or that its classes do not
+say; others are derived from its classes (transformers_families.py). A layer whose token mixer is
+not in `READY` is refused: packed documents would leak through one that carries state and does not
+start anew at every document. Left out: sizes, which come from config.json and the headers of the
+weights (spec.py)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +28,11 @@ READY = frozenset({ATTENTION, "delta", "mamba2", "conv", EXPERTS})
 # Words of `layer_types`. Which mixer the recurrent ones mean depends on the family.
 ATTENTION_WORDS = {"full_attention", "sliding_attention", "attention"}
 RECURRENT_WORDS = {"linear_attention", "mamba"}
+# Attention to chosen keys, which is attention to all of them up to the product of these keys.
+SPARSE_WORDS = {
+    "indexed_attention": ("index_topk",),
+    "minimax_m3_sparse": ("index_topk_blocks", "index_block_size"),
+}
 NO_MIXER_WORDS = {"mlp", "moe"}
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN_KEYS = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk")
@@ -76,52 +83,22 @@ MAMBA2 = frozenset({ATTENTION, "mamba2"})
 CONV = frozenset({ATTENTION, "conv"})
 TEXT_FAMILIES = {
     **{name: Family(text_class, is_uniform=True) for name, text_class in UNIFORM_CLASSES.items()},
-    "afmoe": Family("Afmoe", has_experts=True),
-    "cohere2_moe": Family("Cohere2Moe", has_experts=True),
-    "deepseek_v2": Family("DeepseekV2", has_experts=True),
-    "deepseek_v3": Family("DeepseekV3", has_experts=True),
-    "dots1": Family("Dots1", has_experts=True),
-    "ernie4_5_moe": Family("Ernie4_5_Moe", has_experts=True),
     "falcon_h1": Family("FalconH1", MAMBA2),
-    "flex_olmo": Family("FlexOlmo", has_experts=True),
-    "gemma4_text": Family("Gemma4", has_experts=True),
-    "gemma4_unified_text": Family("Gemma4Unified"),
-    "glm4_moe": Family("Glm4Moe", has_experts=True),
-    "glm4_moe_lite": Family("Glm4MoeLite", has_experts=True),
     "gpt2": Family("GPT2", class_suffix="LMHeadModel"),
-    "gpt_neox": Family("GPTNeoX"),
-    "gpt_oss": Family("GptOss", has_experts=True),
-    "granite_swa": Family("GraniteSWA"),
-    "granitemoe": Family("GraniteMoe", has_experts=True),
-    "granitemoe_swa": Family("GraniteMoeSWA", has_experts=True),
     "granitemoehybrid": Family("GraniteMoeHybrid", MAMBA2, has_experts=True),
-    "granitemoeshared": Family("GraniteMoeShared", has_experts=True),
-    "hunyuan_v1_moe": Family("HunYuanMoEV1", has_experts=True),
-    "hyperclovax": Family("HyperCLOVAX"),
     "internlm3": Family("Llama", written_class="InternLM3ForCausalLM"),
     "iquestcoder": Family("Llama", written_class="IQuestCoderForCausalLM"),
-    "jais2": Family("Jais2"),
     "lfm2": Family("Lfm2", CONV),
     "lfm2_moe": Family("Lfm2Moe", CONV, has_experts=True),
     "lfm3": Family("Lfm3", CONV),
-    "mellum": Family("Mellum", has_experts=True),
-    "minicpm3": Family("MiniCPM3"),
-    "minimax_m2": Family("MiniMaxM2", has_experts=True),
-    "mixtral": Family("Mixtral", has_experts=True),
-    "nanochat": Family("NanoChat"),
     "nemotron_h": Family("NemotronH", MAMBA2, has_experts=True),
     "olmo_hybrid": Family("OlmoHybrid", DELTA),
-    "olmoe": Family("Olmoe", has_experts=True),
-    "persimmon": Family("Persimmon"),
-    "phi": Family("Phi"),
-    "qwen2_moe": Family("Qwen2Moe", has_experts=True),
     "qwen3_5_moe_text": Family("Qwen3_5Moe", DELTA, has_experts=True),
     "qwen3_5_text": Family("Qwen3_5", DELTA),
-    "qwen3_moe": Family("Qwen3Moe", has_experts=True),
     "qwen3_next": Family("Qwen3Next", DELTA, has_experts=True),
     "sarvam_mla": Family("DeepseekV3", has_experts=True, written_class="SarvamMLAForCausalLM"),
-    "solar_open": Family("SolarOpen", has_experts=True),
-    "starcoder2": Family("Starcoder2"),
+    "deepseek_v32": Family("DeepseekV3", has_experts=True, written_class="DeepseekV32ForCausalLM"),
+    "glm_moe_dsa": Family("DeepseekV3", has_experts=True, written_class="GlmMoeDsaForCausalLM"),
 }
 # Types that are refused for a reason of their own, which follows their name in the message.
 STATE_REASON = (
@@ -140,50 +117,56 @@ CAPACITY_REASON = (
 CAPACITY_KEYS = ("expert_capacity", "moe_expert_capacity", "capacity_factor", "expert_choice")
 REFUSED_TYPES = {
     **dict.fromkeys(STATEFUL_TYPES, STATE_REASON),
-    "deepseek_v32": INDEXER_REASON,
-    "deepseek_v4": INDEXER_REASON,
-    "glm_moe_dsa": INDEXER_REASON,
-    "qwen4_exp": INDEXER_REASON,
+    **dict.fromkeys(("deepseek_v4", "qwen4_exp", "qwen4_exp_text"), INDEXER_REASON),
     **dict.fromkeys(("nllb_moe", "switch_transformers"), CAPACITY_REASON),
+    **dict.fromkeys(("mllama", "mllama_text_model"), "has layers that only images pass through"),
+    **dict.fromkeys(("llama4", "llama4_text"), "attends within chunks, which is not supported"),
+    "nemotron": "does not pass on to its attention which documents a pack has",
+    "phimoe": "chooses experts by SparseMixer, whose gradient is not computed exactly",
     "jetmoe": "chooses experts inside its attention, which is not supported",
-    "llama4": "attends within chunks of the sequence, which is not supported",
-    "llama4_text": "attends within chunks of the sequence, which is not supported",
 }
-# Multimodal checkpoints -> the model type of their text part where text_config does not say it.
-TEXT_TYPES = {
-    "gemma3": "gemma3_text",
-    "gemma4": "gemma4_text",
-    "gemma4_unified": "gemma4_unified_text",
-    "mistral3": "mistral",
-    "qwen3_5": "qwen3_5_text",
-    "qwen3_5_moe": "qwen3_5_moe_text",
-    "qwen3_vl": "qwen3_vl_text",
-    "qwen3_vl_moe": "qwen3_vl_moe_text",
+# Types -> the type that computes the same: on text, whose three positions are equal, so that the
+# rotation is the plain one; with sparse attention, up to the length to which it sees all keys.
+EQUAL_TYPES = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), "qwen2"),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), "deepseek_v3"),
+    **{"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"},  # noqa: PIE800
 }
-# Text parts that transformers has no causal class for -> the type that computes the same on text:
-# the three positions of a text token are equal, so its rotation is the plain one.
-EQUAL_TYPES = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}
+# of the names of the text part's tensors where it is not TEXT_PREFIX
+OTHER_PREFIXES: dict[str, str] = dict.fromkeys(
+    ("idefics2", "idefics3", "smolvlm"), "model.text_model."
+)
 
 
-def _make_multimodal(text_type: str) -> Family:
-    text_type = EQUAL_TYPES.get(text_type, text_type)
-    family = TEXT_FAMILIES[text_type]
-    return replace(family, is_uniform=False, tensor_prefix=TEXT_PREFIX, text_type=text_type)
+@functools.cache
+def find_family(model_type: str) -> Family | None:
+    """Return the family of a model type, None if transformers has no decoder that could be it."""
+    if model_type in TEXT_FAMILIES:
+        return TEXT_FAMILIES[model_type]
+    if model_type in REFUSED_TYPES:
+        return None
+    from tunesmith.model.hub.transformers_families import derive_family
+
+    return derive_family(model_type)
 
 
-FAMILIES: dict[str, Family] = {
-    **TEXT_FAMILIES,
-    **{name: _make_multimodal(text_type) for name, text_type in TEXT_TYPES.items()},
-}
-FAMILY_FIX = f"choose a model of a supported type: {', '.join(FAMILIES)}"
+def make_multimodal(model_type: str, text_type: str) -> Family:
+    """Return the family of a checkpoint with this text part."""
+    family = find_family(text_type)
+    assert family is not None, text_type
+    prefix = OTHER_PREFIXES.get(model_type, TEXT_PREFIX)
+    return replace(family, is_uniform=False, tensor_prefix=prefix, text_type=text_type)
+
+
+FAMILY_FIX = "choose another model: docs/reference/models.md says which are supported"
 
 
 def find_text_type(config: Mapping[str, Any]) -> str:
     """Return the model type of what is trained: that of the config, or of its text part."""
     model_type = str(config.get("model_type"))
-    family = FAMILIES.get(model_type)
+    family = find_family(model_type)
     if family is None or not family.tensor_prefix:
-        return model_type
+        return EQUAL_TYPES.get(model_type, model_type)
     text = config.get("text_config")
     named = text.get("model_type") if isinstance(text, dict) else None
     text_type = str(named or family.text_type)
@@ -199,8 +182,8 @@ def get_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def get_tensor_prefix(config: Mapping[str, Any]) -> str:
     """Return what stands before the text part's names on the whole model, empty for a text
     model."""
-    model_type = config.get("model_type")
-    return FAMILIES[model_type].tensor_prefix if model_type in FAMILIES else ""
+    family = find_family(str(config.get("model_type")))
+    return family.tensor_prefix if family else ""
 
 
 def find_layer_mixers(config: Mapping[str, Any], family: Family, where: str) -> tuple[str, ...]:

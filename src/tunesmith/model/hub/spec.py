@@ -24,7 +24,6 @@ from tunesmith.model.hub.families import (
     CAPACITY_KEYS,
     CAPACITY_REASON,
     EXPERTS,
-    FAMILIES,
     FAMILY_FIX,
     NO_MIXER,
     READY,
@@ -33,6 +32,7 @@ from tunesmith.model.hub.families import (
     Family,
     count_experts,
     count_experts_per_token,
+    find_family,
     find_layer_mixers,
     find_text_type,
 )
@@ -319,7 +319,7 @@ def _check_model_type(config: Json, where: str) -> Family:
     if model_type in REFUSED_TYPES:
         message = f"{model_type} {REFUSED_TYPES[model_type]}"
         raise InputError(message, where=where, fix=FAMILY_FIX)
-    family = FAMILIES.get(model_type)
+    family = find_family(model_type)
     reason = _find_unsupported_feature(config, model_type, family)
     if family is None or reason is not None:
         reason = reason or f"the model type {model_type!r} is not supported"
@@ -337,9 +337,11 @@ def _find_unsupported_feature(config: Json, model_type: str, family: Family | No
         if not isinstance(text, dict):
             return f"{model_type} has no text part: config.json has no text_config"
         text_type = find_text_type(config)
-        if text_type not in TEXT_FAMILIES:
-            return f"the text part of {model_type} is of type {text_type!r}, which is not supported"
-        return _find_unsupported_layer(text, model_type, TEXT_FAMILIES[text_type])
+        text_family = None if text_type in REFUSED_TYPES else find_family(text_type)
+        if text_family is None or text_family.tensor_prefix:
+            reason = REFUSED_TYPES.get(text_type, "is not supported")
+            return f"the text part of {model_type}, {text_type}, {reason}"
+        return _find_unsupported_layer(text, model_type, text_family)
     for key in OTHER_INPUTS:
         if config.get(key):
             return f"{model_type} has inputs other than text ({key})"
@@ -373,10 +375,10 @@ def _check_architecture(config: _ModelConfig) -> str:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         message = f"architectures is {names!r:.80}, not one class name"
         raise InputError(message, where=config.where, fix=DOWNLOAD_CONFIG_FIX)
-    family = TEXT_FAMILIES[config.text_type]
-    text_class = family.causal_class
+    family = find_family(config.text_type)
+    text_class = family.causal_class if family else ""
     is_full = bool(config.family.tensor_prefix) and names[0].endswith(FULL_CLASS)
-    if is_full or names[0] in (text_class, family.written_class):
+    if is_full or names[0] in (text_class, config.family.written_class):
         return text_class
     if not names[0].endswith("ForCausalLM"):
         fix = "use a causal language model: a class whose name ends in ForCausalLM"
@@ -460,6 +462,10 @@ def _check_layers(spec: ModelSpec, headers: Mapping[str, TensorHeader], where: s
             message = f"config.json says {len(layers)} {part} layers, the weights have {actual}"
             fix = "add layer_types to config.json, or download it again"
             raise InputError(message, where=where, fix=fix)
+    if spec.model_type not in TEXT_FAMILIES:
+        from tunesmith.model.hub.text_class import build_meta_network
+
+        build_meta_network(spec.path)  # refuses layers that no mixer computes
 
 
 def _check_token_ids(spec: ModelSpec, text: Json) -> None:

@@ -21,8 +21,9 @@ from pathlib import Path
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.model.hub.families import (
-    FAMILIES,
+    TEXT_FAMILIES,
     TEXT_PREFIX,
+    find_family,
     find_text_type,
     get_tensor_prefix,
     get_text_config,
@@ -36,6 +37,7 @@ from tunesmith.model.target_modules import is_transposed_linear
 PREFIXES = (
     (f"{TEXT_PREFIX}model.", "model."),
     (TEXT_PREFIX, "model."),
+    ("model.text_model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model."),
     ("language_model.", "model."),
@@ -49,13 +51,11 @@ GRANITE_WORDS = (
     (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
     (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
 )
-# Words in files -> those of the text class, by its model type.
+# Words in files -> those of the text class, by its model type. Derived types have renamings.
 WORDS = {
-    "ernie4_5_moe": ((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
     "gpt_neox": (("embed_out.", "lm_head."),),
-    **dict.fromkeys(("granitemoe", "granitemoehybrid", "granitemoeshared"), GRANITE_WORDS),
+    "granitemoehybrid": GRANITE_WORDS,
     "lfm3": ((".self_attn.gate_proj.", ".self_attn.g_proj."),),
-    **dict.fromkeys(("minimax_m2", "mixtral"), ((".block_sparse_moe.", ".mlp."),)),
     "nemotron_h": (("backbone.", "model."),),
     "olmo_hybrid": (
         (".attention_layer_norm.", ".input_layernorm."),
@@ -74,6 +74,7 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.")
 KEYS_AND_VALUES = re.compile(r".*\.self_attn\.[kv]_(proj|norm)\..*")
 TRANSPOSED_TYPES = {"qwen3_vl_moe"}  # files hold their fused experts [E, I, O], the class does not
 TRANSPOSED_STACKS = {"gpt_oss"}  # text types whose class has [E, I, O], as its files do
+INDEXER = ".self_attn.indexer."  # chooses keys, and is not needed where all are seen
 PREDICTING_PREFIXES = ("mtp.", "model.mtp_")  # of what predicts further tokens
 # their layers beyond the last one do
 PREDICTING_TYPES = {"deepseek_v3", "glm4_moe", "glm4_moe_lite"}
@@ -151,6 +152,7 @@ class TensorNaming:
     # the last layers, which take keys and values of others; files of Gemma 4 have weights for them
     num_sharing_layers: int = 0
     is_transposed: bool = False
+    renamings: tuple[tuple[str, str], ...] = ()  # of derived families, pattern and replacement
 
     @property
     def has_transposed_stacks(self) -> bool:
@@ -159,6 +161,8 @@ class TensorNaming:
 
     def name_parameter(self, name: str) -> str | None:
         """Return the parameter that a tensor belongs to, or None for one that is left out."""
+        for pattern, replacement in self.renamings:
+            name = re.sub(pattern, replacement, name)
         if self.is_multimodal:
             prefixes = [pair for pair in PREFIXES if name.startswith(pair[0])]
             if not prefixes:
@@ -173,6 +177,8 @@ class TensorNaming:
             name = name.replace(word, replacement)
         if self.text_type == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
             name = f"transformer.{name}"  # files of the decoder alone, as its first ones are
+        if INDEXER in name:
+            return None
         layer = LAYER.match(name)
         return None if layer is not None and self._is_unused(name, int(layer[1])) else name
 
@@ -195,6 +201,11 @@ def read_naming(config: Json) -> TensorNaming:
     for key in ("num_hidden_layers", "hidden_size", "num_kv_shared_layers"):
         sizes[key] = text[key] if type(text.get(key)) is int else None
     text_type = find_text_type(config)
+    renamings: list[tuple[str, str]] = []
+    if (model_type := str(config.get("model_type"))) not in TEXT_FAMILIES:
+        from tunesmith.model.hub.transformers_families import find_renamings
+
+        renamings = find_renamings(model_type, text_type)
     num_sharing_layers = sizes["num_kv_shared_layers"] if text_type in SHARING_TYPES else 0
     return TensorNaming(
         is_multimodal=bool(get_tensor_prefix(config)),
@@ -203,6 +214,7 @@ def read_naming(config: Json) -> TensorNaming:
         num_sharing_layers=num_sharing_layers or 0,
         is_transposed=config.get("model_type") in TRANSPOSED_TYPES,
         hidden_size=sizes["hidden_size"],
+        renamings=tuple(renamings),
     )
 
 
@@ -237,8 +249,8 @@ def has_uniform_layers(folder: Path) -> bool:
     config = read_model_json(folder / "config.json")
     if config.get("quantization_config"):
         return False
-    model_type = config.get("model_type")
-    return model_type not in FAMILIES or FAMILIES[model_type].is_uniform
+    family = find_family(str(config.get("model_type")))
+    return family is None or family.is_uniform
 
 
 def read_parameter_headers(folder: Path) -> dict[str, TensorHeader]:

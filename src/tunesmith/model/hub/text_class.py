@@ -36,7 +36,14 @@ from transformers.pytorch_utils import Conv1D
 
 from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.types import Json
-from tunesmith.model.hub.families import FAMILIES, find_text_type
+from tunesmith.model.hub.families import (
+    FAMILY_FIX,
+    SPARSE_WORDS,
+    TEXT_FAMILIES,
+    find_text_type,
+    get_tensor_prefix,
+)
+from tunesmith.model.hub.transformers_families import find_causal_class
 from tunesmith.model.hub.validate import AUTO_MAP_KEY, DTYPE_BYTES, TensorHeader
 from tunesmith.model.machine_errors import explain_error
 from tunesmith.model.target_modules import CONV1D_TYPES
@@ -52,6 +59,10 @@ SIZE_NAMES = (
     *("num_attention_heads", "max_position_embeddings"),
 )
 PREFIX_ATTRIBUTE = "tensor_prefix"  # of the config of a text part
+TIED_ATTRIBUTE = "tie_word_embeddings"
+LENGTH_ATTRIBUTE = "exact_length"  # up to which sparse attention sees all keys
+# parts of layers that carry a state or choose keys, which no mixer of tunesmith computes here
+UNKNOWN_PARTS = ("A_log", "dt_bias", "conv1d", "conv", "short_conv", "decay", "indexer")
 STORED_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # fmt: off
 LOAD_ERRORS = (
@@ -90,16 +101,38 @@ def load_text_config(folder: Path) -> PreTrainedConfig:
     part; whether its head is the embedding is what the whole checkpoint says."""
     config = load_config(folder)
     with transformers_errors(folder):
-        family = FAMILIES.get(config.model_type)
-        if family is None or not family.tensor_prefix:
-            return config
         text: Any = config.get_text_config()
         text_type = find_text_type({"model_type": config.model_type, "text_config": text.to_dict()})
         if text.model_type != text_type:
             text = _convert_config(text, text_type)
-        text.tie_word_embeddings = config.tie_word_embeddings
-        setattr(text, PREFIX_ATTRIBUTE, family.tensor_prefix)
+        _see_all_keys(text)
+        if prefix := get_tensor_prefix({"model_type": config.model_type}):
+            if hasattr(config, TIED_ATTRIBUTE):
+                text.tie_word_embeddings = config.tie_word_embeddings
+            setattr(text, PREFIX_ATTRIBUTE, prefix)
     return text
+
+
+def _see_all_keys(text: Any) -> None:
+    """Let layers of sparse attention see all keys, and note up to which length that is the same."""
+    lengths: list[int] = []
+    words = list(getattr(text, "layer_types", None) or ())
+    for word, keys in SPARSE_WORDS.items():
+        sizes: list[Any] = [getattr(text, key, None) for key in keys]
+        if word in words and all(type(size) is int and size > 0 for size in sizes):
+            lengths.append(prod(sizes))
+            words = ["full_attention" if other == word else other for other in words]
+    if lengths:
+        text.layer_types = words
+        setattr(text, LENGTH_ATTRIBUTE, min(lengths))
+
+
+def get_context_length(config: Any) -> int:
+    """Return how many tokens a document can have: what the model was made for, and not more than
+    what is computed exactly."""
+    text = config.get_text_config()
+    lengths = [getattr(text, name, None) for name in ("max_position_embeddings", LENGTH_ATTRIBUTE)]
+    return min((length for length in lengths if length), default=0)
 
 
 def find_tensor_prefix(network: Any) -> str:
@@ -124,7 +157,9 @@ def read_text_config(folder: Path) -> Json:
     calls them."""
     config: Any = load_text_config(folder)
     dtype = str(config.dtype or "").removeprefix("torch.")
-    sizes = {name: getattr(config, name, None) for name in SIZE_NAMES}
+    with transformers_errors(folder):  # layers of different sizes have none for all
+        sizes = {name: getattr(config, name, None) for name in SIZE_NAMES}
+    sizes["max_position_embeddings"] = get_context_length(config)
     return config.to_dict() | sizes | {"dtype": dtype}
 
 
@@ -137,10 +172,31 @@ def build_meta_network(folder: Path) -> PreTrainedModel:
 
 def build_network(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     """Return transformers' network, with the linears of GPT-2 as those of all other families."""
-    network = AutoModelForCausalLM.from_config(config, **settings)
+    if config.model_type in TEXT_FAMILIES:
+        network = AutoModelForCausalLM.from_config(config, **settings)
+    else:
+        causal: Any = find_causal_class(type(config))
+        network = causal._from_config(config, **settings)
+        _refuse_unknown_layers(network)
     if config.model_type in CONV1D_TYPES:
         transpose_linears(network)
     return network
+
+
+def _refuse_unknown_layers(network: Any) -> None:
+    """Raise InputError unless all that mixes tokens in the layers is attention that is called
+    through transformers' interface."""
+    decoder = network.base_model
+    layers = getattr(decoder, "layers", None)
+    kind = type(decoder).__name__
+    where = str(network.config.name_or_path)
+    if not isinstance(layers, nn.ModuleList) or not decoder._supports_attention_backend:
+        message = f"{kind} of transformers has no layers of attention that can be packed"
+        raise InputError(message, where=where, fix=FAMILY_FIX)
+    for name, _ in [*layers.named_modules(), *layers.named_parameters()]:
+        if name.rpartition(".")[2] in UNKNOWN_PARTS:
+            message = f"{kind} has {name}: packed documents could leak through it"
+            raise InputError(message, where=where, fix=FAMILY_FIX)
 
 
 def transpose_linears(network: Any) -> None:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from tunesmith.core.errors import InputError, raise_if_machine_failed
 from tunesmith.core.json_io import read_json_object
 from tunesmith.core.types import Json
-from tunesmith.model.hub.families import FAMILIES
+from tunesmith.model.hub.families import find_family
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -125,7 +125,7 @@ def find_replaced_code(config: Json) -> tuple[str, ...]:
     model_type = config.get("model_type")
     if not isinstance(auto_map, dict) or not isinstance(model_type, str):
         return ()
-    is_replaced = model_type in FAMILIES and TOKENIZER_CLASS not in auto_map
+    is_replaced = find_family(model_type) is not None and TOKENIZER_CLASS not in auto_map
     names = [name for name in auto_map.values() if isinstance(name, str)]
     return tuple(sorted(set(names))) if is_replaced and len(names) == len(auto_map) else ()
 

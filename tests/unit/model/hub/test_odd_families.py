@@ -14,7 +14,7 @@ from quick_families import leave_others_to_slow
 from tiny_models import CONFIGS
 from tunesmith.core.errors import InputError
 from tunesmith.model.hub.config_values import ROPE_TYPES, check_rotation
-from tunesmith.model.hub.families import FAMILIES
+from tunesmith.model.hub.families import find_family
 from tunesmith.model.hub.spec import read_spec
 from tunesmith.model.text_network import check_weight_shapes
 
@@ -124,7 +124,9 @@ def test_a_config_of_rare_values_is_refused_by_name(
     config.save_pretrained(tmp_path)
     removed = [key for key, value in changes.items() if value is ...]
     changes = {key: value for key, value in changes.items() if value is not ...}
-    names = [FAMILIES[config.model_type].causal_class]
+    described = find_family(config.model_type)
+    assert described is not None
+    names = [described.causal_class]
     edit_config(tmp_path, *removed, **{"architectures": names} | changes)
     with pytest.raises(InputError, match=message) as caught:
         read_spec(tmp_path)

@@ -21,7 +21,7 @@ from tiny_models import CONFIGS, LORA, make_stock_network, make_tiny_network
 from tunesmith.core.errors import InputError
 from tunesmith.model.adapters import METHODS, find_linears, get_trainable_parameters
 from tunesmith.model.causal_lm import load_network
-from tunesmith.model.hub.families import TEXT_FAMILIES
+from tunesmith.model.hub.families import UNIFORM_CLASSES
 from tunesmith.model.hub.spec import read_model_headers, read_spec
 from tunesmith.model.hub.stored_tensors import read_text_tensors
 from tunesmith.model.merge import read_loras, write_merged_weights
@@ -40,9 +40,7 @@ ADAPTED = re.compile(
 RECURRENT = re.compile(
     r".*\.(A_log|dt_bias|D|o_norm\.weight|(linear_attn|mamba|mixer)\.norm\.weight)"
 )
-FAMILIES = [
-    name for name, config in CONFIGS.items() if not TEXT_FAMILIES[config.model_type].is_uniform
-]
+FAMILIES = [name for name, config in CONFIGS.items() if config.model_type not in UNIFORM_CLASSES]
 
 
 @pytest.fixture(scope="module", params=leave_others_to_slow(FAMILIES))

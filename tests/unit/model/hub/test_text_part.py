@@ -353,7 +353,7 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
         (lambda c: c.pop("text_config"), "gemma3 has no text part: config.json has no text_config"),
         (
             lambda c: c["text_config"].update(model_type="mamba"),
-            "the text part of gemma3 is of type 'mamba', which is not supported",
+            "the text part of gemma3, mamba, has layers that carry state",
         ),
         (
             lambda c: c["text_config"].update(use_bidirectional_attention=True),

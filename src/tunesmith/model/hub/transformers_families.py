@@ -1,0 +1,63 @@
+"""Families that transformers has and no table of tunesmith names: decoders of softmax attention.
+Their layers are checked in text_class.py, their numbers by preflight."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
+
+from tunesmith.model.hub.families import EQUAL_TYPES, Family, find_family, make_multimodal
+
+CAUSAL = "ForCausalLM"
+MULTIMODAL_TYPES = {
+    *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+}
+
+
+@functools.cache
+def derive_family(model_type: str) -> Family | None:
+    """Return the family of a decoder, or of a multimodal model with a decoder as its text part."""
+    if model_type not in CONFIG_MAPPING:
+        return None
+    kind: Any = CONFIG_MAPPING[model_type]
+    if "text_config" in kind.sub_configs:
+        text_type = kind().get_text_config().model_type if model_type in MULTIMODAL_TYPES else ""
+        text_type = EQUAL_TYPES.get(text_type, text_type)
+        return make_multimodal(model_type, text_type) if find_family(text_type) else None
+    causal = find_causal_class(kind)
+    if causal is None or causal._is_stateful or kind.sub_configs:
+        return None
+    return Family(causal.__name__.removesuffix(CAUSAL), has_experts=True)
+
+
+def find_causal_class(kind: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
+    """Return transformers' causal class of a kind of config, None without one."""
+    module_name = kind.__module__.replace(".configuration_", ".modeling_")
+    if importlib.util.find_spec(module_name) is None:
+        return None
+    for name, value in vars(importlib.import_module(module_name)).items():
+        if name.endswith(CAUSAL) and getattr(value, "config_class", None) is kind:
+            return value
+    return None
+
+
+def find_renamings(*model_types: str) -> list[tuple[str, str]]:
+    """Return pattern and replacement of names in published files that transformers renames."""
+    renamings: list[tuple[str, str]] = []
+    for model_type in dict.fromkeys(model_types):
+        for step in get_checkpoint_conversion_mapping(model_type) or ():
+            if type(step) is WeightRenaming:
+                renamings += zip(step.source_patterns, step.target_patterns, strict=True)
+    return renamings
