@@ -132,10 +132,7 @@ EQUAL_TYPES = {
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), "deepseek_v3"),
     **{"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"},  # noqa: PIE800
 }
-# of the names of the text part's tensors where it is not TEXT_PREFIX
-OTHER_PREFIXES: dict[str, str] = dict.fromkeys(
-    ("idefics2", "idefics3", "smolvlm"), "model.text_model."
-)
+IDEFICS_TYPES = ("idefics2", "idefics3", "smolvlm")  # whose text part has another name
 
 
 @functools.cache
@@ -154,7 +151,7 @@ def make_multimodal(model_type: str, text_type: str) -> Family:
     """Return the family of a checkpoint with this text part."""
     family = find_family(text_type)
     assert family is not None, text_type
-    prefix = OTHER_PREFIXES.get(model_type, TEXT_PREFIX)
+    prefix = "model.text_model." if model_type in IDEFICS_TYPES else TEXT_PREFIX
     return replace(family, is_uniform=False, tensor_prefix=prefix, text_type=text_type)
 
 

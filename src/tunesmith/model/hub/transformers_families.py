@@ -12,18 +12,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-)
 
 from tunesmith.model.hub.families import EQUAL_TYPES, Family, find_family, make_multimodal
 
 CAUSAL = "ForCausalLM"
-MULTIMODAL_TYPES = {
-    *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+# Of other multimodal types the text part may compute something else than the class of its type.
+# fmt: off
+COMPARED_TYPES = {
+    "aria", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "gemma3", "gemma3n", "gemma4",
+    "gemma4_unified", "got_ocr2", "idefics2", "idefics3", "internvl", "janus", "kimi_k25",
+    "lfm2_vl", "lighton_ocr", "llava", "llava_next", "llava_next_video", "llava_onevision",
+    "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "mistral3", "moss_transcribe_diarize", "ovis2",
+    "qianfan_ocr", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
+    "shieldgemma2", "smolvlm", "video_llama_3", "video_llava", "vipllava",
 }
+# fmt: on
 
 
 @functools.cache
@@ -33,7 +36,7 @@ def derive_family(model_type: str) -> Family | None:
         return None
     kind: Any = CONFIG_MAPPING[model_type]
     if "text_config" in kind.sub_configs:
-        text_type = kind().get_text_config().model_type if model_type in MULTIMODAL_TYPES else ""
+        text_type = kind().get_text_config().model_type if model_type in COMPARED_TYPES else ""
         text_type = EQUAL_TYPES.get(text_type, text_type)
         return make_multimodal(model_type, text_type) if find_family(text_type) else None
     causal = find_causal_class(kind)

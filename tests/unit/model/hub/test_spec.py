@@ -98,7 +98,7 @@ def test_dtype_and_origin(model_folder: Path) -> None:
         ),
         (
             {"model_type": "qwen2_audio", "audio_config": {"a": 1}},
-            "has no text part",
+            r"inputs other than text \(audio_config\)",
         ),
         ({"model_type": "t5"}, "is an encoder-decoder"),
         ({"model_type": "bart", "is_encoder_decoder": True}, "is an encoder-decoder"),
