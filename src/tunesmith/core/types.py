@@ -567,6 +567,8 @@ class ScalePoint:
     general_text: Score | None = None  # bits per byte
     # bits per byte lost against scale 0, in pairs; None in records of earlier versions
     general_lost: Score | None = None
+    # share of the rows of eval_data that greedy decoding answers exactly; None without answers
+    right: Score | None = None
 
 
 @dataclass(frozen=True)

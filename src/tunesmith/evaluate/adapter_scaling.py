@@ -1,8 +1,8 @@
 """Measure the adapter-scale trade-off: gain and forgetting of the trained adapter scaled down.
 
 In: a Session after training. Out: a ScalePoint per scale, all on the same items: the loss on
-eval_data and the bits per byte of general text. The items are a random subset, since the curve
-takes five evaluations. `test_data` is not read.
+eval_data, the answers there that greedy decoding gives, and the bits per byte of general text. The
+items are a random subset, since the curve takes five evaluations. `test_data` is not read.
 Left out: which scale is recommended (scale_choice.py); full fine-tuning has no adapter to scale.
 """
 
@@ -17,7 +17,7 @@ from tunesmith.core.types import Document, ScalePoint
 from tunesmith.data.sampler import permute_rows
 from tunesmith.evaluate.general_text import sample_texts
 from tunesmith.evaluate.items import EvalItems
-from tunesmith.evaluate.measure import measure_eval_loss, measure_general_text
+from tunesmith.evaluate.measure import measure_eval_answers, measure_general_text
 from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.evaluate.results import (
     EvalResults,
@@ -30,7 +30,8 @@ from tunesmith.model.adapters import scaled_adapter
 from tunesmith.session.session import Session
 
 ADAPTER_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
-MAX_TOKENS = 4096  # of held-out rows, and of general text, at each scale
+MAX_TOKENS = 4096  # of general text, at each scale
+MAX_ROW_TOKENS = 8192  # of held-out rows
 
 
 def measure_scale_curve(
@@ -52,13 +53,14 @@ def measure_scale_curve(
     for scale in log_progress(ADAPTER_SCALES, len(ADAPTER_SCALES), "adapter scales"):
         general_score = lost = None
         with scaled_adapter(session.model.network, scale):
-            eval_score = compute_score(measure_eval_loss(session, items), step=step)
+            answers = measure_eval_answers(session, items)
+            eval_score, *right = [compute_score(measured, step=step) for measured in answers]
             if items.general_texts:
                 general = _get_general(session, items, end_results.get(scale))
                 general_score = compute_score(general, step=step)
                 base = base or general
                 lost = _compare_to_base(base, general, step)
-        points.append(ScalePoint(scale, eval_score, general_score, lost))
+        points.append(ScalePoint(scale, eval_score, general_score, lost, *right))
     return tuple(points)
 
 
@@ -98,13 +100,13 @@ def select_curve_items(session: Session, items: EvalItems) -> EvalItems:
 
 
 def _select_documents(documents: Sequence[Document]) -> tuple[Document, ...]:
-    """Return the documents of random rows up to MAX_TOKENS, at least two rows."""
+    """Return the documents of random rows up to MAX_ROW_TOKENS, at least two rows."""
     rows: dict[str, list[Document]] = {}
     for document in documents:
         rows.setdefault(document.id, []).append(document)
     row_ids = list(rows)
     chosen: set[str] = set()
-    remaining_tokens = MAX_TOKENS
+    remaining_tokens = MAX_ROW_TOKENS
     for index in permute_rows(0, 0, len(rows)).tolist():
         if remaining_tokens <= 0 and len(chosen) > 1:
             break

@@ -26,7 +26,7 @@ from tunesmith.evaluate.metrics import BITS_PER_BYTE
 from tunesmith.evaluate.results import MetricValues, select_items
 from tunesmith.evaluate.shared_items import IndexedPack, Scorer, compute_packs, score_packs
 from tunesmith.model.causal_lm import PackedCausalLM
-from tunesmith.model.lm_head import measure_target_losses
+from tunesmith.model.lm_head import CHUNK_TARGETS, measure_target_losses
 
 T = TypeVar("T")
 PROGRESS_LABEL = "documents scored"
@@ -93,6 +93,56 @@ def _compute_pack_nll(
 
 
 NLL_SCORER = Scorer("nll", NLLResult, _compute_pack_nll, 2)
+
+
+class GreedyResult(NamedTuple):
+    """Sums over the supervised tokens of a document: nats, their number, and how many of them are
+    the most likely token."""
+
+    nats: float
+    tokens: int
+    matches: float
+
+
+@torch.no_grad()
+def _compute_pack_greedy(
+    model: PackedCausalLM, batch: Batch, indices: Sequence[int]
+) -> list[GreedyResult]:
+    del indices
+    hidden_SH = model.compute_hidden(batch)
+    losses_S = measure_target_losses(hidden_SH, model.head, batch.targets_S)
+    parts = hidden_SH.split(CHUNK_TARGETS)
+    tokens_S = torch.cat([model.head.compute_raw_logits(part).argmax(-1) for part in parts])
+    matches_S = tokens_S == batch.targets_S
+    nats, matches = sum_by_document(losses_S, batch), sum_by_document(matches_S, batch)
+    return list(map(GreedyResult, nats, batch.num_targets, matches))
+
+
+GREEDY_SCORER = Scorer("greedy", GreedyResult, _compute_pack_greedy, 3)
+
+
+def measure_loss_and_greedy_match(
+    model: PackedCausalLM,
+    documents: Sequence[Document],
+    *,
+    task: str,
+    pack_length: int,
+    share: bool = False,
+) -> tuple[MetricValues, MetricValues]:
+    """Return the mean loss per row, and which rows greedy decoding would answer token for token,
+    without generating: each token is the most likely one after those before it (`is_greedy` of
+    lm-eval)."""
+    packs = pack_documents(model, documents, pack_length, share=share)
+    rows: dict[str, list[GreedyResult]] = {}
+    for index, result in sorted(score_packs(model, packs, GREEDY_SCORER, len(documents))):
+        rows.setdefault(documents[index].id, []).append(result)
+    sums = {
+        row: (sum(part.nats for part in parts), sum(part.tokens for part in parts))
+        for row, parts in rows.items()
+    }
+    is_match = [all(part.matches == part.tokens for part in parts) for parts in rows.values()]
+    match = MetricValues(task, "greedy_match", tuple(rows), tuple(map(float, is_match)))
+    return build_loss_measurement(task, sums), match
 
 
 def compute_mean_states(

@@ -31,6 +31,7 @@ from tunesmith.evaluate.items import MIN_SELECTION_PROMPTS, EvalItems
 from tunesmith.evaluate.kl_divergence import BaseReference, measure_loss_and_kl
 from tunesmith.evaluate.loglikelihood import (
     measure_loss,
+    measure_loss_and_greedy_match,
     measure_preference,
     measure_side_logp,
     measure_side_margin,
@@ -124,6 +125,18 @@ def measure_eval_loss(session: Session, items: EvalItems) -> MetricValues:
     else:
         loss = next(_measure_likelihoods(session, items.eval_documents, "eval"))
     return _set_groups(items, [loss])[0]
+
+
+def measure_eval_answers(session: Session, items: EvalItems) -> Sequence[MetricValues]:
+    """Return the loss on `eval_data`, and which of its answers greedy decoding would give, if it
+    has answers."""
+    documents = select_answers(items.eval_documents)
+    if not documents:
+        return [measure_eval_loss(session, items)]
+    session.model.network.eval()
+    packing = _get_packing(session)
+    both = measure_loss_and_greedy_match(session.model, documents, task="eval", **packing)
+    return _set_groups(items, both)
 
 
 def eval_during_training(

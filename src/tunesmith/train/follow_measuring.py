@@ -23,7 +23,7 @@ from tunesmith.core.json_io import parse_as
 from tunesmith.core.ranks import Ranks
 from tunesmith.core.types import GenerationRequest, Json, Plan
 from tunesmith.evaluate.kl_divergence import KL_SCORER
-from tunesmith.evaluate.loglikelihood import NLL_SCORER
+from tunesmith.evaluate.loglikelihood import GREEDY_SCORER, NLL_SCORER
 from tunesmith.evaluate.shared_items import (
     GENERATE,
     SCORE,
@@ -45,7 +45,7 @@ from tunesmith.session.session import load_starting_model
 START = "start"
 WEIGHTS = "weights"
 SOURCE_CHANGE = "other source files of tunesmith"
-SCORERS = {scorer.name: scorer for scorer in (NLL_SCORER, KL_SCORER)}
+SCORERS = {scorer.name: scorer for scorer in (NLL_SCORER, GREEDY_SCORER, KL_SCORER)}
 
 
 def start_measuring(

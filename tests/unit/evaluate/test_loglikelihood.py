@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Batch, Document, PackLayout, Row
+from tunesmith.core.types import Batch, Document, GenerationRequest, PackLayout, Row
 from tunesmith.evaluate.general_text import (
     GeneralText,
     measure_bits_per_byte,
@@ -16,9 +16,14 @@ from tunesmith.evaluate.general_text import (
     sample_texts,
     split_windows,
 )
-from tunesmith.evaluate.loglikelihood import compute_nll, measure_loss
+from tunesmith.evaluate.loglikelihood import (
+    compute_nll,
+    measure_loss,
+    measure_loss_and_greedy_match,
+)
 from tunesmith.evaluate.results import compute_score
 from tunesmith.model.causal_lm import PackedCausalLM
+from tunesmith.model.generation.engine import generate
 
 BITS = 1 / np.log(2)
 
@@ -84,6 +89,32 @@ def test_the_held_out_loss_is_per_token_and_by_row(model: PackedCausalLM) -> Non
     total = sum(nats for nats, _ in sums) / sum(tokens for _, tokens in sums)
     assert compute_score(result).value == pytest.approx(total, rel=1e-5)
     assert not result.higher_is_better
+
+
+def test_a_row_matches_if_greedy_decoding_gives_all_of_its_answers(model: PackedCausalLM) -> None:
+    """Also where an answer lies in two packs, and its prefix is shared."""
+    prompt = document("eval:1", 40).tokens_L.tolist()
+    request = GenerationRequest(tuple(prompt), 6)
+    ((_, output),) = generate(model, [request], decode=str, end_ids=())
+    answer = list(output.tokens)
+    other = [*answer[:-1], (answer[-1] + 1) % 256]
+    answers = {"right": [answer], "wrong": [other], "one of two": [answer, other]}
+    documents = [
+        Document(row, np.array(prompt + tokens, np.int32), np.array([0.0] * 40 + [1.0] * 6))
+        for row, parts in answers.items()
+        for tokens in parts
+    ]
+    for length, share in ((50, False), (200, True)):
+        loss, result = measure_loss_and_greedy_match(
+            model, documents, task="eval", pack_length=length, share=share
+        )
+        assert dict(zip(result.ids, result.values, strict=True)) == {
+            "right": 1,
+            "wrong": 0,
+            "one of two": 0,
+        }
+        plain = measure_loss(model, documents, task="eval", pack_length=length, share=share)
+        assert loss == plain
 
 
 def test_measuring_leaves_no_gradient_and_needs_evaluation_mode(model: PackedCausalLM) -> None:

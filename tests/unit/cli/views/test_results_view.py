@@ -148,7 +148,7 @@ def test_the_recommended_scale_is_marked(has_general_text: bool) -> None:
     row = next(line.split() for line in lines if line.startswith(" 0.75"))
     assert lines[0].strip() == "Adapter-scale trade-off"
     assert row[:3] == ["0.75", "1.0400", "96%"]
-    assert row[3:] == (["0.8400", "40%", "recommended"] if has_general_text else ["-", "-"])
+    assert row[3:] == (["-", "0.8400", "40%", "recommended"] if has_general_text else ["-"] * 3)
     assert lines[-1] == describe_recommendation(points)
     assert lines[-1].startswith("scale 0.75 " if has_general_text else "scale 1 ")
 
@@ -163,7 +163,7 @@ def test_general_text_that_gained_much_more_than_it_lost_has_no_share() -> None:
         for scale, loss, bits in ((0, 6.4, 8.684), (0.5, 2.0, 8.143), (1, 1.6, 8.691))
     ]
     rows = [line.split() for line in render_text(render_scales(points)).splitlines()]
-    assert [row[4] for row in rows[2:5]] == ["0%", "none", "100%"]
+    assert [row[5] for row in rows[2:5]] == ["0%", "none", "100%"]
 
 
 def test_distance_from_the_base_is_bad_on_general_text_only() -> None:
