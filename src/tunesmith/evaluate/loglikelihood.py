@@ -114,7 +114,8 @@ def _compute_pack_greedy(
     parts = hidden_SH.split(CHUNK_TARGETS)
     tokens_S = torch.cat([model.head.compute_raw_logits(part).argmax(-1) for part in parts])
     matches_S = tokens_S == batch.targets_S
-    nats, matches = sum_by_document(losses_S, batch), sum_by_document(matches_S, batch)
+    nats = sum_by_document(losses_S, batch)
+    matches = sum_by_document(matches_S, batch)
     return list(map(GreedyResult, nats, batch.num_targets, matches))
 
 
@@ -133,16 +134,15 @@ def measure_loss_and_greedy_match(
     without generating: each token is the most likely one after those before it (`is_greedy` of
     lm-eval)."""
     packs = pack_documents(model, documents, pack_length, share=share)
-    rows: dict[str, list[GreedyResult]] = {}
+    rows: dict[str, tuple[float, int]] = {}
+    is_match: dict[str, bool] = {}
     for index, result in sorted(score_packs(model, packs, GREEDY_SCORER, len(documents))):
-        rows.setdefault(documents[index].id, []).append(result)
-    sums = {
-        row: (sum(part.nats for part in parts), sum(part.tokens for part in parts))
-        for row, parts in rows.items()
-    }
-    is_match = [all(part.matches == part.tokens for part in parts) for parts in rows.values()]
-    match = MetricValues(task, "greedy_match", tuple(rows), tuple(map(float, is_match)))
-    return build_loss_measurement(task, sums), match
+        row = documents[index].id
+        nats, tokens = rows.get(row, (0.0, 0))
+        rows[row] = nats + result.nats, tokens + result.tokens
+        is_match[row] = is_match.get(row, True) and result.matches == result.tokens
+    match = MetricValues(task, "greedy_match", tuple(rows), tuple(map(float, is_match.values())))
+    return build_loss_measurement(task, rows), match
 
 
 def compute_mean_states(

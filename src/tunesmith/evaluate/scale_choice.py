@@ -52,14 +52,14 @@ def recommend_scale(points: Sequence[ScalePoint]) -> ScalePoint | None:
     if not points:
         return None
     num_right = max(map(count_right, points)) * MIN_GAIN_SHARE
-    kept = [point for point in points if count_right(point) >= num_right]
-    best = min(kept, key=lambda point: point.eval_loss.value)
+    answering = [point for point in points if count_right(point) >= num_right]
+    best = min(answering, key=lambda point: point.eval_loss.value)
     best_share = compute_gain_share(points, best)
     if not best_share:
         return None
     candidates: list[ScalePoint] = []
     forgetting_shares: dict[float, float] = {}
-    for point in kept:
+    for point in answering:
         gain_share = compute_gain_share(points, point) or 0.0
         is_near = point.eval_loss.value <= best.eval_loss.high
         if is_near and gain_share >= MIN_GAIN_SHARE * best_share:
