@@ -34,9 +34,9 @@ from benchmarks.tasks.make import TASKS
 from benchmarks.tasks.page import write_page
 from benchmarks.tasks.scores import score_step
 
-from tunesmith.core.events import CheckResult, Rollback
+from tunesmith.core.events import CheckResult
 from tunesmith.core.json_io import parse_as, read_json
-from tunesmith.core.run_dir import RECORD_FILE, read_events
+from tunesmith.core.run_dir import RECORD_FILE, read_events, read_rollbacks
 from tunesmith.core.types import Comparison
 from tunesmith.evaluate.statistics import judge_comparison
 
@@ -153,11 +153,10 @@ def compare(folder: Path, first: str, second: str) -> list[Result]:
 
 def read_guard(run: Path) -> Result:
     """Return the rollbacks of a run and the verdicts of its guard other than ok."""
-    events = list(read_events(run)) if run.exists() else []
+    events = read_events(run) if run.exists() else []
+    rollbacks = read_rollbacks(run) if run.exists() else ()
     return {
-        "rollbacks": [
-            f"{e.step} -> {e.to}: {e.evidence}" for e in events if isinstance(e, Rollback)
-        ],
+        "rollbacks": [f"{e.step} -> {e.to}: {e.evidence}, {e.change}" for e in rollbacks],
         "alarms": [
             f"{e.step}: {e.level} {e.kind}: {e.evidence}"
             for e in events
