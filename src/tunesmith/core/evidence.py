@@ -1,9 +1,8 @@
 """What a run's answers show: where they are wrong, constants, floors, and the verdict.
 
-In: nothing; these are the plain values that evaluate/ computes and that record.json, the terminal,
-the model card and the page read. All are bounded: a table has at most MAX_GROUPS groups, a group at
-most MAX_GROUP_ROWS row ids, and names and values of strangers are shortened. Left out: computing
-them (evaluate/error_analysis.py, floors.py, shortcuts.py, run_verdict.py)."""
+Plain values that evaluate/ computes and that record.json, the terminal, the model card and the page
+read. All are bounded: a table has at most MAX_GROUPS groups, a group at most MAX_GROUP_ROWS row
+ids, and names and values of strangers are shortened. Left out: computing them (evaluate/)."""
 
 from __future__ import annotations
 
@@ -12,9 +11,10 @@ from typing import Literal
 
 from pydantic import model_validator
 
-MAX_GROUPS = 30  # of a table; the worst ones
+MAX_GROUPS = 30  # of a table other than that of labels; the worst ones
 MAX_GROUP_ROWS = 20  # row ids of a group or a shortcut
 
+Rate = tuple[float, float, float]  # value, 95% CI
 VerdictName = Literal["ready", "useful, not ready", "no effect", "harmful", "not measured"]
 
 
@@ -34,19 +34,20 @@ class ErrorGroup:
     only_here: int = 0  # wrong answers that are right in every other field
     training_rows: int | None = None  # training rows with this value
     rows: tuple[str, ...] = ()  # ids of the first wrong answers
+    answered: int = 0  # of a label: rows that are answered with it
+    no_label: int = 0  # rows that expect it and are answered with no label
+    precision: Rate | None = None  # this and the next: None where too few rows tell
+    recall: Rate | None = None
+    f1: Rate | None = None
 
 
 @dataclass(frozen=True)
 class ErrorTable:
-    """Errors by field, value, task or another property of the items."""
+    """Errors by label, field, value, task or another property of the items."""
 
     by: str
     groups: tuple[ErrorGroup, ...]
     omitted: int = 0  # groups that are not shown
-
-    @property
-    def label(self) -> str:
-        return self.by.replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Confusion:
 
     field: str
     expected: str
-    answered: str
+    answered: str | None  # None: no label
     n: int
 
 
@@ -132,6 +133,7 @@ class ErrorAnalysis:
     mean_before: float | None
     tables: tuple[ErrorTable, ...] = ()
     confusions: tuple[Confusion, ...] = ()
+    other_answers: dict[str, int] = field(default_factory=dict[str, int])  # that are no label
     shortcuts: tuple[Shortcut, ...] = ()
     floors: tuple[Floor, ...] = ()
     floors_note: str = ""  # why some are missing

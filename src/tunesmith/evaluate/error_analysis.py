@@ -1,4 +1,4 @@
-"""What is still wrong: errors by form, field, expected value and task.
+"""What is still wrong: errors by label, form and field.
 
     analyze_errors(before, after, training) -> ErrorAnalysis
 
@@ -33,24 +33,19 @@ from tunesmith.data.training_rows import TrainingRow, read_training_rows
 from tunesmith.evaluate.custom_metric import format_metric_name
 from tunesmith.evaluate.floors import measure_floors
 from tunesmith.evaluate.goals import HELD_OUT_TASK
-from tunesmith.evaluate.metrics import METRICS, split_metric
+from tunesmith.evaluate.label_table import LabelItem, measure_labels
+from tunesmith.evaluate.metrics import (
+    FORM_METRICS,
+    MACRO_F1,
+    METRICS,
+    MULTIPLE_CHOICE,
+    split_metric,
+)
 from tunesmith.evaluate.pairing import map_shared_samples
-from tunesmith.evaluate.results import (
-    EvalResults,
-    MetricValues,
-    compare_results,
-    compute_score,
-)
-from tunesmith.evaluate.shortcuts import (
-    AnswerItem,
-    build_answer_items,
-    find_constants,
-)
+from tunesmith.evaluate.results import EvalResults, MetricValues, compare_results, compute_score
+from tunesmith.evaluate.shortcuts import AnswerItem, build_answer_items, find_constants
 from tunesmith.evaluate.statistics import compute_wilson_interval
-from tunesmith.evaluate.training_answers import (
-    MAX_CATEGORIES,
-    build_training_values,
-)
+from tunesmith.evaluate.training_answers import MAX_CATEGORIES, build_training_values
 
 if TYPE_CHECKING:
     from tunesmith.session.inputs import RunInputs
@@ -83,7 +78,7 @@ class _Item:
     id: str
     value: float
     value_before: float | None
-    task: str
+    group: str
     answers: AnswerItem | None
     answers_before: AnswerItem | None
 
@@ -148,6 +143,13 @@ def analyze_errors(
     has_before = bool(items) and None not in values_before
     groups = tuple(group for part in parts for group in part.groups)
     mean, low, high = _summarize_values([item.value for item in items], groups)
+    tables = _build_field_tables(items)
+    confusions = _count_confusions(answer_items, training)
+    other_answers: dict[str, int] = {}
+    if labels := _build_label_items(metric, items, after, training):
+        trained = training.counts.get(ANSWER, {}) if training else {}
+        table, confusions, other_answers = measure_labels(labels, trained)
+        tables = [table]
     return ErrorAnalysis(
         metric=metric,
         is_binary={item.value for item in items} <= {0.0, 1.0},
@@ -160,8 +162,9 @@ def analyze_errors(
         low=low,
         high=high,
         mean_before=sum(value for value, _ in pairs) / len(pairs) if has_before else None,
-        tables=tuple(table for table in _build_tables(items, training) if table.groups),
-        confusions=_count_confusions(answer_items, training),
+        tables=tuple(table for table in tables if table.groups),
+        confusions=confusions,
+        other_answers=other_answers,
         shortcuts=find_constants(answer_items, training),
         floors=floors,
         floors_note=floors_note,
@@ -212,12 +215,13 @@ def _build_items(
         answers_before = {item.sample.id: item for item in build_answer_items(before.samples)}
     items: list[_Item] = []
     for part in parts:
-        _, _, task = part.task.partition(": ")
-        for row, value in zip(part.ids, part.values, strict=True):
+        groups = part.groups or ("",) * len(part.ids)
+        for row, value, group in zip(part.ids, part.values, groups, strict=True):
             row_before = ids_before.get(row, "")
             value_before = values_before.get(row_before)
             answer_before = answers_before.get(row_before)
-            items.append(_Item(row, value, value_before, task, answers.get(row), answer_before))
+            answer = answers.get(row)
+            items.append(_Item(row, value, value_before, group, answer, answer_before))
     return items
 
 
@@ -247,9 +251,7 @@ def _summarize_values(
     return mean, score.low, score.high
 
 
-def _build_group(
-    name: str, members: Sequence[_Member], training_rows: int | None = None
-) -> ErrorGroup:
+def _build_group(name: str, members: Sequence[_Member]) -> ErrorGroup:
     mean, low, high = _summarize_values([member.value for member in members])
     wrong_rows = [member.id for member in members if member.value < 1]
     values_before = [member.value_before for member in members]
@@ -265,7 +267,6 @@ def _build_group(
         high=1 - low,
         wrong_before=wrong_before,
         only_here=sum(member.is_only_error for member in members),
-        training_rows=training_rows,
         rows=tuple(wrong_rows[:MAX_GROUP_ROWS]),
     )
 
@@ -276,16 +277,34 @@ def _build_table(by: str, groups: Iterable[ErrorGroup]) -> ErrorTable:
     return ErrorTable(by, tuple(rows[:MAX_GROUPS]), max(0, len(rows) - MAX_GROUPS))
 
 
-def _build_tables(items: Sequence[_Item], values: TrainingValues | None) -> list[ErrorTable]:
+def _build_label_items(
+    metric: str, items: Sequence[_Item], after: EvalResults, training: TrainingValues | None
+) -> list[LabelItem]:
+    """Return the labels of the answers; none where they are no labels. What the metric finds right
+    counts as the expected label, however it is written."""
+    labels: list[LabelItem] = []
+    for item in items:
+        if item.answers is None or item.answers.is_structured:
+            return []
+        sample = item.answers.sample
+        expected = sample.expected.strip()
+        answered = expected if item.value >= 1 else sample.answer.strip()
+        was_right = None if item.value_before is None else item.value_before >= 1
+        labels.append(LabelItem(item.id, expected, answered, item.group, was_right))
+    answers = [_require_answers(item) for item in items]
+    is_macro = any(measurement.metric == MACRO_F1 for measurement in after.measurements)
+    if split_metric(metric)[0] in (*FORM_METRICS, MULTIPLE_CHOICE) or not (
+        is_macro or ANSWER in _list_categories(answers, training)
+    ):
+        return []
+    return labels
+
+
+def _build_field_tables(items: Sequence[_Item]) -> list[ErrorTable]:
     answered = [item for item in items if item.answers is not None]
-    is_structured = any(item.answers is not None and item.answers.is_structured for item in items)
-    tables: list[ErrorTable] = []
-    if is_structured:
-        tables.append(_group_by_format(answered))
-        tables.append(_group_by_field(answered))
-    tables.append(_group_by_value(answered, values))
-    tables.append(_group_by_task(items))
-    return tables
+    if not any(_require_answers(item).is_structured for item in answered):
+        return []
+    return [_group_by_format(answered), _group_by_field(answered)]
 
 
 def _require_answers(item: _Item) -> AnswerItem:
@@ -325,8 +344,8 @@ def _group_by_field(items: Sequence[_Item]) -> ErrorTable:
 
 
 def _list_categories(items: Iterable[AnswerItem], training: TrainingValues | None) -> set[str]:
-    """Return the fields with few values, such as labels, enums and flags: in the training rows, or
-    in the expected answers if those are unknown."""
+    """Return the fields with few values, such as enums and flags, and ANSWER if it is a label: in
+    the training rows, or in the expected answers if those are unknown."""
     counts: dict[str, Counter[str]] = {}
     for item in items:
         for name, value in item.expected_values.items():
@@ -341,44 +360,11 @@ def _list_categories(items: Iterable[AnswerItem], training: TrainingValues | Non
     return categories
 
 
-def _group_by_value(items: Sequence[_Item], training: TrainingValues | None) -> ErrorTable:
-    """Errors by expected value, of fields with few values and of labels."""
-    categories = _list_categories((_require_answers(item) for item in items), training)
-    members: dict[tuple[str, str], list[_Member]] = {}
-    for item in items:
-        answers = _require_answers(item)
-        answered = answers.answered_values or {}
-        for name, value in answers.expected_values.items():
-            if name in categories:
-                is_right = answered.get(name) == value
-                group = members.setdefault((name, value), [])
-                before = item.is_right_before(name, value)
-                group.append(_Member(item.id, float(is_right), before))
-    groups: list[ErrorGroup] = []
-    for (name, value), group in members.items():
-        title = f"{name} = {value}" if name != ANSWER else value or "(empty)"
-        count = None
-        if training is not None and name in training.counts:
-            count = training.counts[name].get(value, 0)
-        groups.append(_build_group(title, group, count))
-    return _build_table("expected_value", groups)
-
-
-def _group_by_task(items: Sequence[_Item]) -> ErrorTable:
-    members: dict[str, list[_Member]] = {}
-    for item in items:
-        if item.task:
-            member = _Member(item.id, item.value, item.value_before)
-            members.setdefault(item.task, []).append(member)
-    groups = [_build_group(task, group) for task, group in members.items()]
-    return _build_table("task", groups if len(groups) > 1 else [])
-
-
 def _count_confusions(
     items: Sequence[AnswerItem], training: TrainingValues | None
 ) -> tuple[Confusion, ...]:
-    """Return the most frequent wrong values of fields with few values, and of labels."""
-    categories = _list_categories(items, training)
+    """Return the most frequent wrong values of fields with few values."""
+    categories = _list_categories(items, training) - {ANSWER}
     counts: Counter[tuple[str, str, str]] = Counter()
     for item in items:
         answered = item.answered_values

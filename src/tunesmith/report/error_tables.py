@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tunesmith.core.evidence import Confusion, ErrorAnalysis, ErrorGroup, ErrorTable
+from tunesmith.core.evidence import MAX_GROUPS, Confusion, ErrorAnalysis, ErrorGroup, ErrorTable
 from tunesmith.report.run_data import ReportData
 
 MAX_OPEN_GROUPS = 8  # of the table that is always shown
+MAX_MATRIX_LABELS = 8  # a wider matrix is not read; the pairs most often confused are
 TITLES = {
+    "label": "By label, lowest F1 first",
     "field": "By field",
     "expected_value": "By expected value",
     "task": "By task",
     "format": "By form of the answer",
 }
 # The first of these with a wrong answer is shown open.
-OPEN_TABLES = ("field", "format", "expected_value", "task")
+OPEN_TABLES = ("label", "field", "format", "expected_value", "task")
 BAR_WIDTH = 120  # pixels
 
 
@@ -60,6 +62,7 @@ class ErrorsView:
     open_table: TableView | None
     tables: tuple[TableView, ...]
     confusions: tuple[Confusion, ...]
+    matrix: dict[str, dict[str | None, int]]  # expected -> answered -> rows; empty: too many labels
     red_lines: tuple[str, ...]  # constants, and floors that are not beaten
 
     @property
@@ -95,7 +98,8 @@ def build_errors(run: ReportData) -> ErrorsView | None:
         analysis=analysis,
         open_table=open_table,
         tables=tuple(tables),
-        confusions=analysis.confusions,
+        confusions=analysis.confusions[:MAX_GROUPS],
+        matrix=_build_matrix(analysis),
         red_lines=(
             *(shortcut.description for shortcut in analysis.shortcuts),
             *(f"not beaten: {floor.description}" for floor in unbeaten[:MAX_OPEN_GROUPS]),
@@ -115,6 +119,18 @@ def _choose_open_table(analysis: ErrorAnalysis) -> ErrorTable | None:
     return None
 
 
+def _build_matrix(analysis: ErrorAnalysis) -> dict[str, dict[str | None, int]]:
+    table = analysis.get_table("label")
+    if table is None or len(table.groups) + table.omitted > MAX_MATRIX_LABELS:
+        return {}
+    matrix: dict[str, dict[str | None, int]] = {}
+    for each in sorted(table.groups, key=lambda group: group.name):
+        matrix[each.name] = {each.name: each.n - each.wrong}
+    for confusion in analysis.confusions:
+        matrix[confusion.expected][confusion.answered] = confusion.n
+    return matrix
+
+
 def _build_table(table: ErrorTable, *, is_open: bool = False) -> TableView:
     groups = table.groups
     omitted = table.omitted
@@ -128,8 +144,8 @@ def _build_table(table: ErrorTable, *, is_open: bool = False) -> TableView:
         views.append(GroupView(group, bar, group.name if is_field else ""))
     return TableView(
         by=table.by,
-        title=TITLES.get(table.by, f"By {table.label}"),
-        name=table.label,
+        title=TITLES.get(table.by, f"By {table.by}"),
+        name=table.by.replace("_", " "),
         groups=tuple(views),
         omitted=omitted,
         has_before=any(group.wrong_before is not None for group in groups),

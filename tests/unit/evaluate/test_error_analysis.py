@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -74,8 +75,6 @@ def test_errors_by_field_count_the_answers_that_are_wrong_there_alone() -> None:
     assert len(flag.rows) == MAX_GROUP_ROWS
     assert (fields["size"].wrong, fields["size"].only_here, fields["name"].wrong) == (10, 0, 0)
     assert get_groups(analysis, "format")["not a JSON object"].wrong == 5
-    values = get_groups(analysis, "expected_value")
-    assert (values["flag = true"].n, values["flag = true"].wrong) == (15, 15)
     confusions = {(c.field, c.expected, c.answered): c.n for c in analysis.confusions}
     assert confusions["flag", "true", "false"] == 14
 
@@ -96,23 +95,33 @@ def test_labels_have_their_confusions() -> None:
     training = build_training_values(["bug"] * 90 + ["question"] * 109 + ["spam"], 200)
     analysis = analyze_errors(None, make_results(answers), training)
     assert analysis is not None
-    values = get_groups(analysis, "expected_value")
+    values = get_groups(analysis, "label")
     assert (values["spam"].wrong, values["spam"].n, values["spam"].training_rows) == (5, 5, 1)
     assert (values["bug"].wrong, values["bug"].training_rows) == (0, 90)
     (confusion,) = analysis.confusions
     assert (confusion.expected, confusion.answered, confusion.n) == ("spam", "bug", 5)
 
 
-def test_errors_by_task() -> None:
+def test_held_out_tasks_are_no_part_of_the_errors() -> None:
     answers = [("x" * (index + 1), "x" * (index + 1) if index < 30 else "y") for index in range(40)]
-    tasks = ["easy"] * 25 + ["hard"] * 15
-    analysis = analyze(None, make_results(answers, tasks=tasks))
-    assert {name: group.wrong for name, group in get_groups(analysis, "task").items()} == {
-        "hard": 10,
-        "easy": 0,
-    }
     transfer = make_results(answers, tasks=["easy"] * 25 + ["hard (held out)"] * 15)
     assert (analyze(None, transfer).n, analyze(None, transfer).right) == (25, 25)
+
+
+def test_what_the_metric_finds_right_counts_as_the_label() -> None:
+    results = make_results([("net", " net\n")] * 9 + [("mail", "the mail")] * 9)
+    values = (1.0,) * 9 + (0.0,) * 9
+    part = replace(results.measurements[0], metric="accuracy", values=values)
+    analysis = analyze(None, EvalResults((part,), results.samples))
+    assert [(name, each.wrong) for name, each in get_groups(analysis, "label").items()] == [
+        ("mail", 9),
+        ("net", 0),
+    ]
+    assert analysis.other_answers == {"the mail": 9}
+    (confusion,) = analysis.confusions
+    assert (confusion.expected, confusion.answered, confusion.n) == ("mail", None, 9)
+    form = replace(part, metric="regex")
+    assert get_groups(analyze(None, EvalResults((form,), results.samples)), "label")
 
 
 def test_the_strictest_metric_decides() -> None:

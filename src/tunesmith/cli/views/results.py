@@ -14,7 +14,7 @@ from rich.text import Text
 from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.progress import format_interval
 from tunesmith.cli.views import make_table, render_table
-from tunesmith.cli.views.verdict import cut_middle, render_errors, render_verdict
+from tunesmith.cli.views.verdict import cut_middle, render_errors, render_labels, render_verdict
 from tunesmith.core.events import GENERAL_TASK, GenerationSample, Score
 from tunesmith.core.formatting import format_bytes, format_count, format_duration
 from tunesmith.core.types import Comparison, RunRecord, ScalePoint
@@ -161,6 +161,8 @@ def render_run_record(record: RunRecord) -> RenderableType:
     parts += format_kl_scores(record.kl_scores)
     if record.scales:
         parts.append(render_scales(record.scales))
+    if record.errors and (labels := record.errors.get_table("label")):
+        parts.append(render_labels(record.errors, labels))
     parts += [_render_sample(before, after) for before, after in record.samples]
     config = record.plan.config
     if "rehearsal" in record.task_tokens or config.rehearsal_ratio is not None:

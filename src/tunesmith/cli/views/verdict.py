@@ -15,11 +15,12 @@ from rich.text import Text
 
 from tunesmith.cli.output import flatten_text
 from tunesmith.cli.views import make_table
-from tunesmith.core.evidence import Confusion, ErrorAnalysis, ErrorTable, RunVerdict
+from tunesmith.core.evidence import Confusion, ErrorAnalysis, ErrorTable, Rate, RunVerdict
 from tunesmith.core.formatting import escape_controls
 
 MAX_ROWS = 8
 MAX_ROW_IDS = 2
+MAX_LABEL_ROWS = 5  # of labels, and of pairs of them
 MAX_NAME_CHARS = 40
 MAX_LINE_CHARS = 400
 COMMAND_WIDTH = 72
@@ -33,6 +34,7 @@ STYLES = {
 TITLES = {
     "format": "Errors of format",
     "field": "Errors by field",
+    "label": "Lowest F1 by label (95% CI)",
     "expected_value": "Errors by expected value",
     "task": "Errors by task",
 }
@@ -87,10 +89,40 @@ def render_errors(
         line = f"constant: {shortcut.description} ({', '.join(shortcut.rows[:MAX_ROW_IDS])})"
         parts.append(_pad_line(line, 0, "bold yellow"))
     parts += _render_floors(errors)
+    if labels := errors.get_table("label"):
+        return Group(*parts, render_labels(errors, labels))
     parts += [_render_table(table, names) for table in errors.tables if _has_errors(table)]
     if errors.confusions:
         parts.append(_render_confusions(errors.confusions))
     return Group(*parts)
+
+
+def render_labels(errors: ErrorAnalysis, table: ErrorTable) -> RenderableType:
+    """Show the labels with the lowest F1, the pairs most often confused, and what is no label."""
+    columns = ("precision", "recall", "F1")
+    shown = make_table(TITLES["label"], "", *columns, numbers=columns)
+    for group in table.groups[:MAX_LABEL_ROWS]:
+        right = group.n - group.wrong
+        counts = (f"{right} of {group.answered}", f"{right} of {group.n}")
+        shown.add_row(Text(cut_middle(group.name)), *counts, _format_rate(group.f1))
+    parts: list[RenderableType] = [shown]
+    if (hidden := len(table.groups) + table.omitted - MAX_LABEL_ROWS) > 0:
+        parts.append(f"... and {hidden} more: --json")
+    if errors.confusions:
+        parts.append(_render_confusions(errors.confusions[:MAX_LABEL_ROWS]))
+    if errors.other_answers:
+        texts = [f"{cut_middle(text)!r} {n}" for text, n in errors.other_answers.items()]
+        count = sum(confusion.n for confusion in errors.confusions if confusion.answered is None)
+        line = f"no label: {count} of {errors.n} answers, most often {', '.join(texts)}"
+        parts.append(_pad_line(line, 0))
+    return Group(*parts)
+
+
+def _format_rate(rate: Rate | None) -> str:
+    if rate is None:
+        return "too few"
+    value, low, high = rate
+    return f"{value:.2f} ({low:.2f}-{high:.2f})"
 
 
 def _describe_counts(errors: ErrorAnalysis, names: tuple[str, str]) -> str:
@@ -131,7 +163,7 @@ def _render_table(table: ErrorTable, names: tuple[str, str]) -> RenderableType:
     columns += ["trained"] * has_training
     numbers = tuple(columns[1:])
     columns.append("first row")
-    result = make_table(TITLES.get(table.by, table.label), *columns, numbers=numbers)
+    result = make_table(TITLES.get(table.by, table.by), *columns, numbers=numbers)
     for group in groups[:MAX_ROWS]:
         cells: list[Text | str] = [
             Text(cut_middle(group.name)),
@@ -167,7 +199,12 @@ def _render_confusions(confusions: Sequence[Confusion]) -> RenderableType:
     shown = columns if has_fields else columns[1:]
     table = make_table("Confusions", *shown, numbers=("times",))
     for confusion in confusions[:MAX_ROWS]:
-        cells = [confusion.field, confusion.expected, confusion.answered]
-        texts = [Text(flatten_text(cell, MAX_NAME_CHARS) or "(empty)") for cell in cells]
+        cells = (confusion.field, confusion.expected, confusion.answered)
+        texts = [
+            Text("no label", "dim")
+            if cell is None
+            else Text(flatten_text(cell, MAX_NAME_CHARS) or "(empty)")
+            for cell in cells
+        ]
         table.add_row(*texts[0 if has_fields else 1 :], str(confusion.n))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,24 @@ def test_groups_without_errors_are_hidden_and_many_are_counted() -> None:
     assert "right" not in text
     assert f"... and {30 - MAX_ROWS} more: --json" in text
     assert "Errors by field" not in render(render_errors(make_analysis(right)))
+
+
+def test_labels_with_few_rows_have_counts_and_no_rates() -> None:
+    few = replace(GROUP, name=HOSTILE, n=3, wrong=1, answered=2)
+    weak = replace(few, name="net", n=9, wrong=3, answered=7, f1=(0.5, 0.2, 0.8))
+    analysis = replace(
+        make_analysis(),
+        tables=(ErrorTable("label", (weak, *[few] * 6)),),
+        confusions=(Confusion("", "net", None, 3),),
+        other_answers={HOSTILE: 2},
+    )
+    text = render(render_errors(analysis), 80)
+    assert re.search(r"net +6 of 7 +6 of 9 +0.50 \(0.20-0.80\)", text)
+    assert re.search(r"2 of 2 +2 of 3 +too few", text)
+    assert "... and 2 more: --json" in text
+    assert re.search(r"net +no label +3", text)
+    assert "no label: 3 of 80 answers, most often" in text
+    assert not {"\x1b", "\u202e", "\r"} & set(text)
 
 
 def test_names_of_two_models_head_the_columns() -> None:
