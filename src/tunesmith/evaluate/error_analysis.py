@@ -143,7 +143,7 @@ def analyze_errors(
     has_before = bool(items) and None not in values_before
     groups = tuple(group for part in parts for group in part.groups)
     mean, low, high = _summarize_values([item.value for item in items], groups)
-    tables = _build_field_tables(items)
+    tables = _build_field_tables(items, training)
     confusions = _count_confusions(answer_items, training)
     other_answers: dict[str, int] = {}
     if labels := _build_label_items(metric, items, after, training):
@@ -251,7 +251,9 @@ def _summarize_values(
     return mean, score.low, score.high
 
 
-def _build_group(name: str, members: Sequence[_Member]) -> ErrorGroup:
+def _build_group(
+    name: str, members: Sequence[_Member], training_rows: int | None = None
+) -> ErrorGroup:
     mean, low, high = _summarize_values([member.value for member in members])
     wrong_rows = [member.id for member in members if member.value < 1]
     values_before = [member.value_before for member in members]
@@ -267,6 +269,7 @@ def _build_group(name: str, members: Sequence[_Member]) -> ErrorGroup:
         high=1 - low,
         wrong_before=wrong_before,
         only_here=sum(member.is_only_error for member in members),
+        training_rows=training_rows,
         rows=tuple(wrong_rows[:MAX_GROUP_ROWS]),
     )
 
@@ -300,11 +303,14 @@ def _build_label_items(
     return labels
 
 
-def _build_field_tables(items: Sequence[_Item]) -> list[ErrorTable]:
+def _build_field_tables(
+    items: Sequence[_Item], training: TrainingValues | None
+) -> list[ErrorTable]:
     answered = [item for item in items if item.answers is not None]
     if not any(_require_answers(item).is_structured for item in answered):
         return []
-    return [_group_by_format(answered), _group_by_field(answered)]
+    by_value = _group_by_value(answered, training)
+    return [_group_by_format(answered), _group_by_field(answered), by_value]
 
 
 def _require_answers(item: _Item) -> AnswerItem:
@@ -358,6 +364,24 @@ def _list_categories(items: Iterable[AnswerItem], training: TrainingValues | Non
         if len(values) <= min(MAX_CATEGORIES, max_values) and values.most_common(1)[0][1] > 1:
             categories.add(name)
     return categories
+
+
+def _group_by_value(items: Sequence[_Item], training: TrainingValues | None) -> ErrorTable:
+    """Errors by expected value, of fields with few values."""
+    answers = [_require_answers(item) for item in items]
+    members: dict[tuple[str, str], list[_Member]] = {}
+    for name in sorted(_list_categories(answers, training) - {ANSWER}):
+        for item, answer in zip(items, answers, strict=True):
+            if (value := answer.expected_values.get(name)) is not None:
+                is_right = (answer.answered_values or {}).get(name) == value
+                member = _Member(item.id, float(is_right), item.is_right_before(name, value))
+                members.setdefault((name, value), []).append(member)
+    groups: list[ErrorGroup] = []
+    for (name, value), group in members.items():
+        counts = training.counts.get(name) if training else None
+        trained = None if counts is None else counts.get(value, 0)
+        groups.append(_build_group(f"{name} = {value}", group, trained))
+    return _build_table("expected_value", groups)
 
 
 def _count_confusions(

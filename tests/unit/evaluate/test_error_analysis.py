@@ -75,6 +75,8 @@ def test_errors_by_field_count_the_answers_that_are_wrong_there_alone() -> None:
     assert len(flag.rows) == MAX_GROUP_ROWS
     assert (fields["size"].wrong, fields["size"].only_here, fields["name"].wrong) == (10, 0, 0)
     assert get_groups(analysis, "format")["not a JSON object"].wrong == 5
+    values = get_groups(analysis, "expected_value")
+    assert (values["flag = true"].n, values["flag = true"].wrong) == (15, 15)
     confusions = {(c.field, c.expected, c.answered): c.n for c in analysis.confusions}
     assert confusions["flag", "true", "false"] == 14
 

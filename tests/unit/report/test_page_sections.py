@@ -136,7 +136,7 @@ def test_errors_are_counted_by_field_with_links_to_their_rows(tmp_path: Path) ->
     assert set(rows) <= {f"t:{index}" for index in range(0, 40, 3)}
     text = read_text(run)
     assert "14 of 40 answers are wrong by exact match . 26 fixed, 0 broken." in text
-    assert "Wrong values that were answered" in text
+    assert "By expected value" in text
     assert "Wrong values that were answered" in text
 
 
