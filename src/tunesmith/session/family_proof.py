@@ -58,7 +58,9 @@ def wrap_and_measure(
     norm: in the pack, or from the cache. Raise GateError if it cannot compute them."""
     generator = torch.Generator().manual_seed(0)
     embedding: Any = network.get_input_embeddings()
-    ids = torch.randint(len(embedding.weight), (sum(LENGTHS),), generator=generator)
+    rows = len(embedding.weight)  # Gemma 4 has a second table of tokens, which can be smaller
+    rows = min(rows, getattr(network.config, "vocab_size_per_layer_input", rows))
+    ids = torch.randint(rows, (sum(LENGTHS),), generator=generator)
     documents = [part.tolist() for part in ids.split(LENGTHS)]
     stock = [compute_stock_logits(network, tokens, range(len(tokens))) for tokens in documents]
     try:

@@ -111,6 +111,7 @@ def test_the_page_counts_harm_and_forecasts_that_held(tmp_path: Path):
     change = {"metric": "test exact_match", "difference": -0.2, "low": -0.3, "high": -0.1}
     score = {"metric": "test exact_match", "before": 0.0, "after": 0.9, "n": 100}
     default = {"arm": "default", "exit": 0, "minutes": 5.0, "scores": [score], "verdict": "ready"}
+    default["date"] = "2026-12-03"
     step = {**default, "arm": "step 1", "reason": "train longer", "command": "tunesmith train r"}
     step |= {"metric": "test exact_match", "low": -0.05, "high": 0.1}
     step["against"] = [{**change, "verdict": "seed noise unknown"}]

@@ -164,8 +164,6 @@ def test_every_linear_has_an_adapter_and_they_can_be_merged(family: str, tmp_pat
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("deepseek_v32", "chooses the keys of its attention by an indexer"),
-        ("glm_moe_dsa", "chooses the keys of its attention by an indexer"),
         ("llama4", "attends within chunks"),
         ("mamba", "carry state from token to token"),
     ],

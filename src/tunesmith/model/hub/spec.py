@@ -167,8 +167,8 @@ def read_spec(path: Path, *, name: str = "") -> ModelSpec:
         cache_values=count_cache_values(headers, num_attention_layers, num_kv_heads * head_dim),
         recurrent=find_recurrent_shape(config.text, layer_mixers, config.where),
     )
-    _check_layers(spec, headers, config.where)
     _check_token_ids(spec, config.text)
+    _check_layers(spec, headers, config.where)
     return spec
 
 
