@@ -1,8 +1,7 @@
 """What a run's answers show: where they are wrong, constants, floors, and the verdict.
 
 Plain values that evaluate/ computes and that record.json, the terminal, the model card and the page
-read. All are bounded: a table has at most MAX_GROUPS groups, a group at most MAX_GROUP_ROWS row
-ids, and names and values of strangers are shortened. Left out: computing them (evaluate/)."""
+read. All are bounded, and names and values of strangers shortened. Left out: computing them."""
 
 from __future__ import annotations
 

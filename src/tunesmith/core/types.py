@@ -567,8 +567,7 @@ class ScalePoint:
     general_text: Score | None = None  # bits per byte
     # bits per byte lost against scale 0, in pairs; None in records of earlier versions
     general_lost: Score | None = None
-    # share of the rows of eval_data that greedy decoding answers exactly; None without answers
-    right: Score | None = None
+    right: Score | None = None  # share of eval_data's rows that greedy decoding answers exactly
 
 
 @dataclass(frozen=True)
