@@ -83,7 +83,7 @@ def describe_recommendation(points: Sequence[ScalePoint]) -> str:
         return f"scale {best.scale:g} {describe_tradeoff(points, best)}"
     if best.general_text is None:
         return "scale 1 is best"
-    reason = "a smaller scale keeps too little of the gain"
+    reason = "a smaller scale keeps too little of the gain or of the right answers"
     if compute_forgetting_share(points, best) is None:
         reason = "nothing was forgotten"
     return f"scale 1, the adapter as trained, is best: {reason}"
