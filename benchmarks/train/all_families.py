@@ -44,8 +44,9 @@ taken, and with three documents in one pack, their last tokens from the cache, t
 of transformers, which gets one document at a time. The same is computed, with your weights,
 whenever a family is loaded that has no entry in [models](../reference/models.md); before training,
 preflight looks closer. Of a multimodal model the text part is trained. "Not tried": the default
-config cannot be made tiny; such a folder may still be taken. Of the {num_bases} bases that are
-fine-tuned most (`BASES` in the script), {accepted_bases} are accepted.
+config cannot be made tiny; such a folder may still be taken. Of {num_bases} bases in use
+(`BASES` in the script, a judgment), {accepted_bases} are accepted; granitemoehybrid,
+not tried here, is measured in [families](families.md).
 
 | `model_type` | | difference of logits, or why not |
 |---|---|---|

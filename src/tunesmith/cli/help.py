@@ -35,10 +35,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "recipe.yaml --rejected bad.jsonl",
     ),
     "data show": ("recipe.yaml", "recipe.yaml --rows 1 --ids"),
-    "data curate": (
-        "recipe.yaml --keep 1000 --out curated",
-        "recipe.yaml --keep 1000 --out curated",
-    ),
+    "data curate": ("recipe.yaml --keep 1000 --out curated",),
     "data lock": ("recipe.yaml",),
     "data export-reviews": ("recipe.yaml --out reviews.csv",),
     "data import-reviews": ("reviews.csv --out golden.jsonl",),

@@ -146,11 +146,10 @@ def describe_tradeoff(points: Sequence[ScalePoint], point: ScalePoint) -> str:
         return ""
     gain = f"keeps {gain_share:.0%} of the gain in {point.eval_loss.metric.replace('_', ' ')}"
     forgetting_share = compute_forgetting_share(points, point)
-    if forgetting_share is not None:
-        is_lost = forgetting_share > 0
-        gain += (
-            f" at {forgetting_share:.0%} of the forgetting" if is_lost else " and forgets nothing"
-        )
+    if forgetting_share is not None and forgetting_share > 0:
+        gain += f" at {forgetting_share:.0%} of the forgetting"
+    elif forgetting_share is not None:
+        gain += " and forgets nothing"
     if point.right is None or not count_right(points[-1]):
         return gain
     right = f"{count_right(point)} of {point.right.n} answers right"

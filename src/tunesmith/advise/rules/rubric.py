@@ -345,8 +345,8 @@ RULES: tuple[Rule, ...] = (
         "recommend_long_prompt",
         ("long-context",),
         lambda n: not n.is_too_long and n.context <= MAX_PROMPT_TOKENS,
-        "up to 32,000 tokens fit into a prompt: send requests whole, and measure on such long "
-        "items",
+        f"up to {MAX_PROMPT_TOKENS:,} tokens fit into a prompt: send requests whole, and measure "
+        "on such long items",
         recommended=("prompt",),
     ),
     Rule(
