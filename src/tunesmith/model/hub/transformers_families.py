@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -40,7 +39,7 @@ def derive_family(model_type: str) -> Family | None:
         text_type = EQUAL_TYPES.get(text_type, text_type)
         return make_multimodal(model_type, text_type) if find_family(text_type) else None
     causal = find_causal_class(kind)
-    if causal is None or causal._is_stateful or kind.sub_configs:
+    if causal is None or kind.sub_configs:
         return None
     return Family(causal.__name__.removesuffix(CAUSAL), has_experts=True)
 
@@ -48,9 +47,11 @@ def derive_family(model_type: str) -> Family | None:
 def find_causal_class(kind: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
     """Return transformers' causal class of a kind of config, None without one."""
     module_name = kind.__module__.replace(".configuration_", ".modeling_")
-    if importlib.util.find_spec(module_name) is None:
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError:  # there is none, or it needs a library that is not installed
         return None
-    for name, value in vars(importlib.import_module(module_name)).items():
+    for name, value in vars(module).items():
         if name.endswith(CAUSAL) and getattr(value, "config_class", None) is kind:
             return value
     return None

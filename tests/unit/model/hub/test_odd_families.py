@@ -3,6 +3,7 @@ by name."""
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.model.hub.config_values import ROPE_TYPES, check_rotation
 from tunesmith.model.hub.families import find_family
 from tunesmith.model.hub.spec import read_spec
+from tunesmith.model.hub.transformers_families import derive_family
 from tunesmith.model.text_network import check_weight_shapes
 
 CAPPED = ("attn", "final")
@@ -241,3 +243,16 @@ def test_tokens_end_where_the_smaller_table_ends(tmp_path: Path) -> None:
     edit_config(tmp_path, pad_token_id=90)
     with pytest.raises(InputError, match="pad_token_id 90 is not a token of the model"):
         read_spec(tmp_path)
+
+
+def test_a_type_whose_code_needs_a_library_that_is_not_installed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "transformers.models.cohere2.modeling_cohere2"
+    monkeypatch.setitem(sys.modules, module, None)  # its import raises ImportError
+    derive_family.cache_clear()
+    names = {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"]}
+    edit_config(save_changed("llama", tmp_path), **names)
+    with pytest.raises(InputError, match="'cohere2' is not supported"):
+        read_spec(tmp_path)
+    derive_family.cache_clear()
