@@ -3,7 +3,6 @@ Their layers are checked in text_class.py, their numbers by preflight."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import Any
 
@@ -28,7 +27,6 @@ COMPARED_TYPES = {
 # fmt: on
 
 
-@functools.cache
 def derive_family(model_type: str) -> Family | None:
     """Return the family of a decoder, or of a multimodal model with a decoder as its text part."""
     if model_type not in CONFIG_MAPPING:

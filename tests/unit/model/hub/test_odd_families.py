@@ -17,7 +17,6 @@ from tunesmith.core.errors import InputError
 from tunesmith.model.hub.config_values import ROPE_TYPES, check_rotation
 from tunesmith.model.hub.families import find_family
 from tunesmith.model.hub.spec import read_spec
-from tunesmith.model.hub.transformers_families import derive_family
 from tunesmith.model.text_network import check_weight_shapes
 
 CAPPED = ("attn", "final")
@@ -250,9 +249,9 @@ def test_a_type_whose_code_needs_a_library_that_is_not_installed_is_refused(
 ) -> None:
     module = "transformers.models.cohere2.modeling_cohere2"
     monkeypatch.setitem(sys.modules, module, None)  # its import raises ImportError
-    derive_family.cache_clear()
+    find_family.cache_clear()
     names = {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"]}
     edit_config(save_changed("llama", tmp_path), **names)
     with pytest.raises(InputError, match="'cohere2' is not supported"):
         read_spec(tmp_path)
-    derive_family.cache_clear()
+    find_family.cache_clear()
