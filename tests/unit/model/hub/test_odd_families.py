@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quick_families import leave_others_to_slow
 from tiny_models import CONFIGS
@@ -17,6 +18,7 @@ from tunesmith.core.errors import InputError
 from tunesmith.model.hub.config_values import ROPE_TYPES, check_rotation
 from tunesmith.model.hub.families import find_family
 from tunesmith.model.hub.spec import read_spec
+from tunesmith.model.hub.transformers_families import find_causal_class
 from tunesmith.model.text_network import check_weight_shapes
 
 CAPPED = ("attn", "final")
@@ -244,14 +246,10 @@ def test_tokens_end_where_the_smaller_table_ends(tmp_path: Path) -> None:
         read_spec(tmp_path)
 
 
-def test_a_type_whose_code_needs_a_library_that_is_not_installed_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_type_whose_code_needs_a_library_that_is_not_installed_has_no_class(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = "transformers.models.cohere2.modeling_cohere2"
-    monkeypatch.setitem(sys.modules, module, None)  # its import raises ImportError
-    find_family.cache_clear()
-    names = {"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"]}
-    edit_config(save_changed("llama", tmp_path), **names)
-    with pytest.raises(InputError, match="'cohere2' is not supported"):
-        read_spec(tmp_path)
-    find_family.cache_clear()
+    kind = CONFIG_MAPPING["cohere2"]
+    assert find_causal_class(kind) is not None
+    monkeypatch.setitem(sys.modules, kind.__module__.replace("configuration", "modeling"), None)
+    assert find_causal_class(kind) is None
