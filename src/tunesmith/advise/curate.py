@@ -22,10 +22,8 @@ from tunesmith.core.atomic import atomic_dir
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json
 from tunesmith.core.types import Document, Json
-from tunesmith.data.checks.text_stats import extract_row_texts
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.length_stats import iter_batches
-from tunesmith.data.neighbors import build_word_vectors, find_neighbors, normalize_rows
 from tunesmith.data.selection import (
     PERSONAL_CHECK,
     ROLE,
@@ -55,7 +53,6 @@ class SubsetStats:
     answer_tokens: float
     perplexity: float
     difficulty: float
-    agreement: float | None  # with the answers to the nearest questions; None for too few rows
     shared_rows: int  # with selected.jsonl
 
 
@@ -125,7 +122,7 @@ def _check_arguments(inputs: RunInputs, keep: int, path: Path) -> None:
 
 
 def score_rows(model: PackedCausalLM, data: Dataset) -> SelectionScores:
-    """Score the last answer of every row, with and without its question, and its neighbors."""
+    """Score the last answer of every row, with and without its question."""
     data = data.with_max_length(model.context_length, "drop")
     num_rows = len(data)
     nats_N2 = np.full((num_rows, 2), np.nan)  # with the question, without it
@@ -153,15 +150,12 @@ def score_rows(model: PackedCausalLM, data: Dataset) -> SelectionScores:
             states_NH[question_rows[index]] = mean_H
     counts_N = np.maximum(1, tokens_N)
     usable_rows = np.setdiff1d(np.arange(num_rows), list(problems))
-    answers = [extract_row_texts(data.read_example(row)).answer for row in range(num_rows)]
-    question_vectors_NH = _standardize_states(states_NH, usable_rows)
     return SelectionScores(
         perplexity_N=np.exp(nats_N2[:, 0] / counts_N),
         difficulty_N=np.exp((nats_N2[:, 0] - nats_N2[:, 1]) / counts_N),
         answer_tokens_N=tokens_N,
         problems=problems,
-        vectors_NV=question_vectors_NH,
-        neighbors=find_neighbors(question_vectors_NH, build_word_vectors(answers), usable_rows),
+        vectors_NV=_standardize_states(states_NH, usable_rows),
     )
 
 
@@ -175,7 +169,8 @@ def _standardize_states(states_NH: np.ndarray, usable_rows: np.ndarray) -> np.nd
     directions_NH = np.zeros_like(states_NH)
     centered_UH = usable_UH - usable_UH.mean(axis=0)
     directions_NH[usable_rows] = centered_UH / np.maximum(1e-6, usable_UH.std(axis=0))
-    return normalize_rows(directions_NH)
+    norms_N1 = np.linalg.norm(directions_NH, axis=1, keepdims=True)
+    return directions_NH / np.maximum(1e-9, norms_N1)
 
 
 def extract_last_answer(document: Document) -> tuple[Document, int]:
@@ -218,41 +213,32 @@ def _iter_score_lines(
     reasons: dict[int, str],
 ) -> Iterator[Json]:
     files = {name: set(rows.tolist()) for name, rows in subsets.items()}
-    neighbors = scores.neighbors
     for row in range(len(data)):
         row_scores = {
             "perplexity": scores.perplexity_N[row],
             "difficulty": scores.difficulty_N[row],
-            "agreement": neighbors.answer_similarity_N[row],
-            "neighbors_agreement": neighbors.neighbor_agreement_N[row],
         }
         rounded: Json = {}
         for name, value in row_scores.items():
             rounded[name] = None if math.isnan(value) else round(float(value), 4)
-        nearest: list[str] = []
-        if not math.isnan(neighbors.answer_similarity_N[row]):
-            nearest = [data.get_id(index) for index in neighbors.nearest_NK[row].tolist()]
         yield {
             "id": data.get_id(row),
             "files": [name for name, rows in files.items() if row in rows],
             "reason": reasons.get(row, ""),
             **rounded,
             "answer_tokens": int(scores.answer_tokens_N[row]),
-            "nearest": nearest,
         }
 
 
 def _summarize_subset(
     name: str, rows: np.ndarray, scores: SelectionScores, selected: np.ndarray
 ) -> SubsetStats:
-    agreement = float(np.nanmedian(scores.neighbors.answer_similarity_N[rows]))
     return SubsetStats(
         name=name,
         rows=len(rows),
         answer_tokens=float(np.median(scores.answer_tokens_N[rows])),
         perplexity=float(np.nanmedian(scores.perplexity_N[rows])),
         difficulty=float(np.nanmedian(scores.difficulty_N[rows])),
-        agreement=None if math.isnan(agreement) else agreement,
         shared_rows=len(np.intersect1d(rows, selected)),
     )
 

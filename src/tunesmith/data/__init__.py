@@ -20,5 +20,5 @@
     batch     collate.py                 tensors; the only file here that imports torch
 
 From there train/loop.py takes a batch to the loss. The other files work on whole data sets: checks/
-(audit), length_stats.py, rejects.py, split.py, selection.py, neighbors.py, hashing.py,
-golden_set.py, preview.py."""
+(audit), length_stats.py, rejects.py, split.py, selection.py, hashing.py, golden_set.py,
+preview.py."""

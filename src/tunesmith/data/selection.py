@@ -6,8 +6,7 @@
 Quality is the instruction-following difficulty (IFD) of Li 2023 (arXiv 2308.12032): the perplexity
 of the answer given its question, over the perplexity of the answer alone. At 1 and above the
 question does not help, and the row is excluded. Below, a high value means much to learn and a low
-one little. Rows whose neighbors disagree with them are excluded too. From the best rows,
-`OVERSAMPLING` times as many as wanted, those are selected that are farthest from the ones selected
+one X as many as wanted, those are selected that are farthest from the ones selected
 before (farthest-first traversal, Gonzalez 1985), by hidden states of their questions. Rows are
 never edited. Left out: the scores (advise/curate.py)."""
 
@@ -22,13 +21,11 @@ from tunesmith.data.checks.minhash import UnionFind
 from tunesmith.data.checks.row_checks import ROW_CHECKS, RowCheck
 from tunesmith.data.checks.text_stats import compute_text_stats, extract_row_texts
 from tunesmith.data.dataset import Dataset
-from tunesmith.data.neighbors import Neighbors
 from tunesmith.data.sampler import permute_rows
 
 OVERSAMPLING = 3
 PERSONAL_CHECK = "personal"  # of ROW_CHECKS
 MAX_PERPLEXITY_QUANTILE = 0.95  # above it, an answer is noise more often than new information
-MAX_SHOWN_NEIGHBORS = 3
 ROLE = "data"
 
 
@@ -41,7 +38,6 @@ class SelectionScores:
     answer_tokens_N: np.ndarray  # int64
     problems: Mapping[int, str]  # rows that cannot be trained on -> reason
     vectors_NV: np.ndarray  # float32 features of length 1, or 0 if unknown
-    neighbors: Neighbors  # by question
 
     @property
     def usable_N(self) -> np.ndarray:
@@ -93,8 +89,6 @@ def select_rows(
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Return (at most `max_rows` selected rows, ascending; row -> reason for the others)."""
     reasons = {**scores.problems, **excluded}
-    for row in np.flatnonzero(scores.neighbors.disputed_N).tolist():
-        reasons.setdefault(row, _describe_dispute(dataset, scores.neighbors, row))
     is_scored_N = ~np.isnan(scores.perplexity_N)
     max_perplexity = np.inf
     if is_scored_N.any():
@@ -122,17 +116,6 @@ def select_rows(
             similar_id = dataset.get_id(int(best[nearest[position]]))
             reasons[row] = f"similar to {similar_id}, which is selected"
     return np.sort(best[positions]), reasons
-
-
-def _describe_dispute(dataset: Dataset, neighbors: Neighbors, row: int) -> str:
-    nearest = neighbors.nearest_NK[row, :MAX_SHOWN_NEIGHBORS].tolist()
-    ids = ", ".join(dataset.get_id(neighbor) for neighbor in nearest)
-    agreement = f"{neighbors.neighbor_agreement_N[row]:.2f} with each other"
-    similarity = f"{neighbors.answer_similarity_N[row]:.2f} with this one"
-    return (
-        f"the nearest questions have a different answer: {ids} and others "
-        f"(similarity {agreement}, {similarity})"
-    )
 
 
 def select_farthest(vectors_KV: np.ndarray, max_rows: int) -> tuple[list[int], np.ndarray]:

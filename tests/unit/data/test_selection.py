@@ -1,12 +1,11 @@
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from tunesmith.data import selection as choosing
+from tunesmith.data.checks.ngrams import hash_words
 from tunesmith.data.dataset import open_dataset
-from tunesmith.data.neighbors import build_word_vectors, find_neighbors
 from tunesmith.data.selection import (
     SelectionScores,
     find_faults,
@@ -31,14 +30,14 @@ def opened(write, words):
 
 def scores(difficulty, perplexity=None, tokens=None, problems=None, texts=None):
     count = len(difficulty)
-    vectors = build_word_vectors(texts or [f"text {i}" for i in range(count)])
+    words = [hash_words(text) % 512 for text in texts or [f"text {i}" for i in range(count)]]
+    vectors = np.stack([np.bincount(each.astype(int), minlength=512) for each in words])
     return SelectionScores(
         perplexity_N=np.array(perplexity or [2.0] * count),
         difficulty_N=np.array(difficulty),
         answer_tokens_N=np.array(tokens or [5] * count),
         problems=problems or {},
-        vectors_NV=vectors,
-        neighbors=find_neighbors(vectors, np.eye(count, dtype=np.float32), np.arange(count)),
+        vectors_NV=vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
     )
 
 
@@ -98,19 +97,6 @@ def test_of_the_best_rows_those_are_kept_that_differ(opened):
     selected, reasons = select_rows(opened(rows), row_scores, {}, 3)
     assert selected.tolist() == [0, 4, 5]
     assert reasons == dict.fromkeys((1, 2, 3), "similar to rows.jsonl:1, which is selected")
-
-
-def test_a_row_that_its_neighbors_contradict_is_left_out(opened):
-    rows = [(f"is a lemon sour when it is number {i}", "yes it is") for i in range(6)]
-    rows += [("is a lemon sour when it is number 9", "no never"), ("who sings", "a lark")]
-    questions, answers = (build_word_vectors([row[side] for row in rows]) for side in (0, 1))
-    row_scores = dataclasses.replace(
-        scores([0.5] * 8), neighbors=find_neighbors(questions, answers, np.arange(8))
-    )
-    selected, reasons = select_rows(opened(rows), row_scores, {}, 3)
-    assert 6 not in selected
-    assert reasons[6].startswith("the nearest questions have a different answer: rows.jsonl:")
-    assert sum(reason.startswith("the nearest questions") for reason in reasons.values()) == 1
 
 
 def test_the_farthest_are_taken_one_after_the_other():

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def render_curation(curation: CurationResult) -> RenderableType:
     """Show the selected subset with the baselines it has to beat, and why rows were rejected."""
-    numbers = ("rows", "answer tokens", "perplexity", "difficulty", "agreement", "shared rows")
+    numbers = ("rows", "answer tokens", "perplexity", "difficulty", "shared rows")
     table = make_table("Subsets, with median scores", "file", *numbers, numbers=numbers)
     for subset in curation.subsets:
         table.add_row(
@@ -24,7 +24,6 @@ def render_curation(curation: CurationResult) -> RenderableType:
             f"{subset.answer_tokens:,.0f}",
             f"{subset.perplexity:.2f}",
             f"{subset.difficulty:.3f}",
-            "-" if subset.agreement is None else f"{subset.agreement:.2f}",
             f"{subset.shared_rows:,}",
         )
     reasons = make_table("", "not selected", "rows", numbers=("rows",))
