@@ -229,7 +229,6 @@ def _build_context(plan: Plan, num_ranks: int) -> RuleContext:
         model=plan.model,
         data=plan.data["data"],
         settings=plan.settings,
-        has_schema=False,
         max_steps=plan.steps,
         stage=plan.config.stage,
         mesh=Mesh(

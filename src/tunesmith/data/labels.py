@@ -6,7 +6,7 @@ Not labels: an answer of several lines or over MAX_LABEL_CHARS, JSON, rows with 
 turns, more than RARE_SHARE of answers that occur fewer than MIN_LABEL_ROWS times (free text that
 repeats a bit), and over MAX_NUMBERS different numbers, also with a unit (arithmetic). Names of
 classes with a number, such as "class 1" to "class 9", are taken for such numbers: only their
-metrics differ (plan/rules.py). Reading ends with the first row that decides."""
+metrics differ (session/auto_metrics.py). Reading ends with the first row that decides."""
 
 from __future__ import annotations
 

@@ -118,7 +118,6 @@ def build_plan(
         model=model,
         data=epoch_report,
         settings={},
-        has_schema=recipe.response_schema is not None,
         max_steps=recipe.max_steps,
         stage=recipe.stage,
         measures=measures,

@@ -23,6 +23,7 @@ SHORT_RUN_STEPS = 5  # shorter runs have no warmup
 # (batch_size, pack_length) -> fraction of the tokens of a step that prefix sharing saves
 SavedShareFn = Callable[[int, int], float]
 CountFn = Callable[[Sequence[str]], int]  # names of modules -> their parameters
+EXACT_MATCH = PlanValue(("exact_match",), "rule", "right if equal to the expected answer")
 
 
 def assume_no_savings(batch_size: int, pack_length: int) -> float:
@@ -37,10 +38,11 @@ def count_nothing(modules: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Measures:
-    """Functions that measure the rows and the model, for rules and estimates."""
+    """What the rows and the model are like, for rules and estimates."""
 
     saved_share: SavedShareFn = assume_no_savings
     count_parameters: CountFn = count_nothing
+    metrics: PlanValue = EXACT_MATCH  # session/auto_metrics.py
 
 
 NO_MEASURES = Measures()
@@ -54,7 +56,6 @@ class RuleContext:
     model: ModelSpec
     data: DataReport
     settings: Mapping[str, PlanValue]  # decided so far
-    has_schema: bool
     max_steps: int | None
     stage: str = "sft"
     measures: Measures = NO_MEASURES
@@ -457,18 +458,10 @@ def save_steps(context: RuleContext) -> PlanValue:
 
 
 def metrics(context: RuleContext) -> PlanValue:
-    if context.has_schema:
-        names = ("json_valid", "schema_valid", "field_f1", "exact_match")
-        reason = "response_schema: JSON first, then its fields, then exact match"
-        return make_rule_value(names, reason)
     if context.stage == "preference":
         reason = "pairs are measured by likelihood: the chosen answer is not the only right one"
         return make_rule_value((), reason)
-    if labels := len(context.data.labels):
-        names = ("accuracy", "macro_f1", "multiple_choice")
-        return make_rule_value(names, f"the answers are {labels} labels")
-    reason = "no response_schema: an answer is right if it equals the expected one"
-    return make_rule_value(("exact_match",), reason)
+    return context.measures.metrics
 
 
 # ---------------------------------------------------------------- speed

@@ -49,6 +49,7 @@ from tunesmith.session.adapter_settings import (
     refuse_contradicting_modules,
     refuse_expert_settings,
 )
+from tunesmith.session.auto_metrics import choose_metrics
 from tunesmith.session.input_warnings import list_input_warnings
 from tunesmith.session.inputs import RunInputs
 
@@ -82,6 +83,7 @@ def make_planner(
         "measures": Measures(
             saved_share=_make_saved_share(inputs, fixed.get("mixture")),
             count_parameters=partial(count_module_parameters, inputs.model),
+            metrics=choose_metrics(inputs, reports["data"].labels),
         ),
     }
     input_warnings = list_input_warnings(inputs)

@@ -293,15 +293,11 @@ def _drop_missing_modules(plan: Plan, network: Network) -> Plan:
 
 
 def _make_sampler(plan: Plan, inputs: RunInputs) -> StepSampler | WindowSampler:
-    if inputs.corpus:
-        return _make_window_sampler(plan, inputs.corpus)
-    return _make_step_sampler(plan, inputs.datasets["data"])
-
-
-def _make_window_sampler(plan: Plan, corpus: PretrainingCorpus) -> WindowSampler:
-    """Return the sampler of windows; rehearsal takes the place of some of them."""
+    """Return the sampler of rows, or of windows, where rehearsal takes the place of some."""
+    if inputs.corpus is None:
+        return _make_step_sampler(plan, inputs.datasets["data"])
     return WindowSampler.from_corpus(
-        corpus,
+        inputs.corpus,
         step_tokens=require(plan.config.batch_tokens),
         epochs=plan.config.num_train_epochs,
         seed=plan.config.seed,

@@ -61,9 +61,7 @@ def make_context() -> Callable[..., RuleContext]:
     """known(hidden_size=..., rows=..., compiler=..., batch_size=...): facts by the name of their
     field, the rest is what has been decided."""
 
-    def make(
-        *, max_steps: int | None = None, has_schema: bool = False, **changed: Any
-    ) -> RuleContext:
+    def make(*, max_steps: int | None = None, **changed: Any) -> RuleContext:
         facts = []
         sizes = {name: changed.pop(name) for name in LAYER_FIELDS & changed.keys()}
         model = describe_layers(dataclasses.replace(SMOLLM2, **sizes))
@@ -84,7 +82,7 @@ def make_context() -> Callable[..., RuleContext]:
             "lora_target_modules": "all-linear",
         } | changed
         settings = {key: PlanValue(value, "rule", "") for key, value in decided.items()}
-        return RuleContext(*facts, settings, has_schema, max_steps)
+        return RuleContext(*facts, settings, max_steps)
 
     return make
 

@@ -138,14 +138,6 @@ def test_precision_and_attention_are_what_the_machine_has(make_context: Make) ->
     assert rules.attention(make_context(device="cuda")).value == "varlen"
 
 
-def test_metrics_follow_the_schema(make_context: Make) -> None:
-    assert rules.metrics(make_context()).value == ("exact_match",)
-    assert rules.metrics(make_context(has_schema=True)).value[:2] == ("json_valid", "schema_valid")
-    context = make_context()
-    labelled = replace(context, data=replace(context.data, labels={"yes": 30, "no": 20}))
-    assert rules.metrics(labelled).value == ("accuracy", "macro_f1", "multiple_choice")
-
-
 def test_a_run_is_looked_at_four_times(make_context: Make) -> None:
     for rows in (1, 4, 5, 160, 1001):
         facts = make_context(rows=rows, batch_size=1)
