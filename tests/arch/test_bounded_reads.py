@@ -30,7 +30,6 @@ OWN = {  # of the package, the machine, or what this run has written
     "core/hardware.py": 1,
     "core/run_dir.py": 2,
     "data/chat_template/template.py": 1,
-    "export/hf.py": 1,
     "export/ollama.py": 1,
     "model/kernels/build.py": 4,
     "recipe/importers/convert.py": 1,

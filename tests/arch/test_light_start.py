@@ -116,13 +116,11 @@ REFUSED_EXPORTS = (
     ("--to", "gguf"),
     ("--to", "merged", "--out", "FULL"),
     ("--to", "vllm", "--out", "FULL"),
-    ("--to", "hub", "--yes"),
 )
 
 
 def test_an_export_is_refused_before_a_model_library_is_loaded(tmp_path: Path) -> None:
-    """By the name of its target or type, by a tokenizer that no GGUF holds, by a folder with files
-    or a missing repository."""
+    """By the name of its target or type, a tokenizer that no GGUF holds, or files in its folder."""
     run = fake_runs.write_run(tmp_path / "run", record=fake_runs.make_record())
     (run / "adapter").mkdir(exist_ok=True)
     (run / "adapter" / "tokenizer.json").write_text('{"model": {"type": "WordLevel"}}')

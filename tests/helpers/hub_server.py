@@ -6,7 +6,6 @@ in half, or by other content of the same length."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
@@ -69,9 +68,7 @@ class HubServer:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
-        self.large_files: dict[str, bytes] = {}
         self.accepted_tokens = {TOKEN}
-        self.writable_owners = {"me"}
         self.endpoint = ""
 
     def add(self, kind: str, repo_id: str, files: Mapping[str, str | bytes], **kwargs: Any) -> Repo:
@@ -129,10 +126,6 @@ def point_to(endpoint: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> No
 INFO = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)(?:/revision/(.+))?")
 TREE = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)/tree/([^/]+)")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-PREUPLOAD = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)/preupload/(.+)")
-COMMIT = re.compile(r"/api/(model|dataset)s/([^/]+/[^/]+)/commit/(.+)")
-BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
-LARGE = re.compile(r"/large/([0-9a-f]{64})")
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -154,28 +147,15 @@ class HubHandler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self._route("PUT")
 
-    def _route(self, method: str) -> None:  # noqa: C901 - one branch per address
+    def _route(self, method: str) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{method} {path}")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.hub.take_fault(method, path)
         if fault is not None and fault.status:
             self._send(fault.status, b'{"error": "a fault"}', fault.headers)
-        elif path == "/api/repos/create":
-            self._create(json.loads(body))
-        elif path == "/api/validate-yaml":  # the card of an upload
-            self._send_json({"errors": [], "warnings": []})
         elif match := TREE.fullmatch(path):
             self._send_tree(*match.groups())
-        elif match := PREUPLOAD.fullmatch(path):
-            self._send_upload_modes(json.loads(body))
-        elif match := COMMIT.fullmatch(path):
-            self._commit(match[1], match[2], body)
-        elif match := BATCH.fullmatch(path):
-            self._send_upload_addresses(json.loads(body))
-        elif match := LARGE.fullmatch(path):
-            self.hub.large_files[match[1]] = body
-            self._send(200, b"")
         elif match := INFO.fullmatch(path):
             self._send_info(match[1], match[2], match[3] or "main")
         elif match := FILE.fullmatch(path):
@@ -280,56 +260,6 @@ class HubHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self._send(status, body, headers)
-
-    # ---------------------------------------------------------------- uploads
-
-    def _may_write(self, owner: str) -> bool:
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if token not in self.hub.accepted_tokens:
-            self._send(401, b'{"error": "Unauthorized"}')
-            return False
-        if owner not in self.hub.writable_owners:
-            self._send(403, b'{"error": "Forbidden"}')
-            return False
-        return True
-
-    def _create(self, payload: Mapping[str, Any]) -> None:
-        repo_id = f"{payload['organization']}/{payload['name']}"
-        if not self._may_write(payload["organization"]):
-            return
-        is_private = payload.get("visibility") == "private" or payload.get("private") is True
-        repo = self.hub.repos["model", repo_id] = Repo(is_private=is_private)
-        repo.commit({".gitattributes": b"*.safetensors filter=lfs\n"})
-        self._send_json({"url": f"{self.hub.endpoint}/{repo_id}", "id": "1", "name": repo_id})
-
-    def _send_upload_modes(self, payload: Mapping[str, Any]) -> None:
-        files: list[dict[str, Any]] = []
-        for file in payload["files"]:
-            mode = "lfs" if file["path"].endswith(LARGE_SUFFIXES) else "regular"
-            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
-        self._send_json({"files": files})
-
-    def _send_upload_addresses(self, payload: Mapping[str, Any]) -> None:
-        objects: list[dict[str, Any]] = []
-        for item in payload["objects"]:
-            href = f"{self.hub.endpoint}/large/{item['oid']}"
-            objects.append({**item, "actions": {"upload": {"href": href}}})
-        self._send_json({"transfer": "basic", "objects": objects})
-
-    def _commit(self, kind: str, repo_id: str, body: bytes) -> None:
-        if not self._may_write(repo_id.partition("/")[0]):
-            return
-        files: dict[str, bytes] = {}
-        for line in body.decode().splitlines():
-            item = json.loads(line)
-            value = item["value"]
-            if item["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif item["key"] == "lfsFile":
-                files[value["path"]] = self.hub.large_files[value["oid"]]
-        commit = self.hub.repos[kind, repo_id].commit(files)
-        url = f"{self.hub.endpoint}/{repo_id}/commit/{commit}"
-        self._send_json({"commitUrl": url, "commitOid": commit, "success": True})
 
 
 def describe_file(name: str, content: bytes) -> dict[str, Any]:

@@ -506,19 +506,3 @@ def export_servers(
     from tunesmith.export.servers import export_servers
 
     return export_servers(folders, to, kind=type, scale=scale, out=out)
-
-
-def push_to_hub(
-    path: AnyPath, repo: str, *, public: bool = False, scale: float = 1.0
-) -> ExportResult:
-    """Export the adapter of a finished run and commit it with its card to `repo` on the hub.
-
-    A new repository is private unless `public`. Raises what `export` raises, and InputError
-    without a token or the right to write."""
-    run_dir.require_run(Path(path))
-    from tunesmith.export.request import check_target
-
-    target = check_target(repo, is_public=public)
-    from tunesmith.export.export import export_to_hub
-
-    return export_to_hub(Path(path), target, scale=scale)

@@ -72,11 +72,8 @@ from tunesmith.core.errors import (
 )
 from tunesmith.core.library_output import escape_library_output
 from tunesmith.core.ranks import is_distributed
-from tunesmith.core.run_dir import require_run
 from tunesmith.core.types import Plan
 from tunesmith.plan.stages import StagedPlan
-
-HubRepoName = Annotated[str | None, option("OWNER/NAME", "With --to hub: repository.")]
 
 # ---------------------------------------------------------------- verbs
 
@@ -245,11 +242,9 @@ def tune_sweep(
     print_result(record, render_sweep(record), as_json=as_json)
 
 
-def export(  # noqa: PLR0913 - every option is a flag
+def export(
     folders: RunArgs,
-    to: Annotated[
-        str, option("TARGET", "peft, merged, gguf, ollama, hub or a server such as vllm.")
-    ],
+    to: Annotated[str, option("TARGET", "peft, merged, gguf, ollama or a server such as vllm.")],
     type: Annotated[
         str | None, option("TYPE", "GGUF type: f16, q8_0, bf16, f32; lora: adapter only.")
     ] = None,
@@ -260,33 +255,19 @@ def export(  # noqa: PLR0913 - every option is a flag
     out: Annotated[
         Path | None, option("FOLDER", "New folder; RUN/export/TARGET by default.")
     ] = None,
-    repo: HubRepoName = None,
-    public: Annotated[
-        bool, switch("--public", "With --to hub: publish it; private by default.")
-    ] = False,
-    yes: Annotated[bool, switch("--yes", "With --to hub: upload without asking.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Export runs and check each against its run's answers."""
     from tunesmith.cli.views.results import render_export, render_server_export
     from tunesmith.export.request import ENGINES
 
-    base_flag: dict[str, object] = {"--base": None if base == "auto" else base}
-    hub_flags: dict[str, object] = {"--repo": repo, "--public": public or None}
-    hub_flags["--yes"] = yes or None
     if to in ENGINES:
-        _refuse_unused(base_flag | hub_flags, f"with --to {to}")
+        _refuse_unused({"--base": None if base == "auto" else base}, f"with --to {to}")
         served = api.export_servers(folders, to, type=type, scale=scale, out=out)
         print_result(served, render_server_export(served), as_json=as_json)
         return
     folder = _get_single_run(folders, to)
-    if to == "hub":
-        _refuse_unused({"--type": type, "--out": out, **base_flag}, "with --to hub")
-        _confirm_upload(folder, repo, is_public=public, is_confirmed=yes)
-        result = api.push_to_hub(folder, repo or "", public=public, scale=scale)
-    else:
-        _refuse_unused(hub_flags, f"with --to {to}")
-        result = api.export(folder, to, type=type, base=base, scale=scale, out=out)
+    result = api.export(folder, to, type=type, base=base, scale=scale, out=out)
     print_result(result, render_export(result), as_json=as_json)
 
 
@@ -303,21 +284,6 @@ def _refuse_unused(flags: dict[str, object], condition: str) -> None:
         if value is not None:
             message = f"{flag} has no effect {condition}"
             raise InputError(message, where="command line", fix="leave it out")
-
-
-def _confirm_upload(folder: Path, repo: str | None, *, is_public: bool, is_confirmed: bool) -> None:
-    """Ask before an adapter leaves the machine. Raises InputError where nobody can be asked."""
-    require_run(folder)
-    from tunesmith.export.request import check_target
-
-    if not is_confirmed and not sys.stdin.isatty():
-        message = "the upload needs confirmation, but stdin is not a terminal"
-        raise InputError(message, where="command line", fix="add --yes")
-    target = check_target(repo, is_public=is_public)
-    question = f"Upload the adapter and its card to {target.description}?"
-    if not is_confirmed and not typer.confirm(question, err=True):
-        write_stderr("nothing was uploaded\n")
-        raise typer.Abort
 
 
 def schema(as_json: AsJson = False) -> None:

@@ -70,7 +70,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export": (
         "runs/run-1 --to merged",
         "runs/run-1 --to gguf --type q8_0",
-        "runs/run-1 --to hub --repo me/my-adapter",
         "runs/run-1 runs/run-2 --to vllm --out served",
     ),
     "verify": (

@@ -134,11 +134,6 @@ def _get_listing_file(ref: HubRef, revision: str, listings: Path) -> Path:
     return listings / f"{ref.kind}--{quote(f'{ref.id}@{revision}', safe='')}.json"
 
 
-def request_files(ref: HubRef) -> tuple[HubFile, ...]:
-    """Ask the hub which files a repository has. Errors are those of huggingface_hub."""
-    return _request_listing(ref).files
-
-
 def _request_listing(ref: HubRef) -> _Listing:
     api = HfApi()
     request_info = api.model_info if ref.kind == "model" else api.dataset_info
@@ -210,15 +205,15 @@ def _refuse_other_content(ref: HubRef, file: HubFile, path: Path) -> None:
 
 
 @contextmanager
-def hub_errors(ref: HubRef, *, is_upload: bool = False) -> Iterator[None]:
+def hub_errors(ref: HubRef) -> Iterator[None]:
     """Turn errors of the hub into InputError and MachineError."""
     try:
         yield
-    except (*HUB_ERRORS, RuntimeError) as error:  # an upload wraps its errors in RuntimeError
-        raise make_hub_error(error, ref, is_upload=is_upload) from error
+    except HUB_ERRORS as error:
+        raise make_hub_error(error, ref) from error
 
 
-def make_hub_error(error: BaseException, ref: HubRef, *, is_upload: bool = False) -> TunesmithError:
+def make_hub_error(error: BaseException, ref: HubRef) -> TunesmithError:
     """Return what went wrong as a sentence, with what to do."""
     error = _find_cause(error)
     where = ref.where
@@ -235,7 +230,7 @@ def make_hub_error(error: BaseException, ref: HubRef, *, is_upload: bool = False
         fix = f"check the spelling; for a private or gated {kind}, set HF_TOKEN"
         return InputError(message, where=where, fix=fix)
     if isinstance(error, HfHubHTTPError):
-        return _make_status_error(error, ref, is_upload=is_upload)
+        return _make_status_error(error, ref)
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         message = f"a file of {ref.title} has disappeared"
         return MachineError(message, where=where, fix="run the command again")
@@ -244,11 +239,8 @@ def make_hub_error(error: BaseException, ref: HubRef, *, is_upload: bool = False
         fix = "free disk space, or set HF_HOME to a writable folder"
         return MachineError(message, where=where, fix=fix)
     if not is_unreachable(error):
-        message = f"the {'up' if is_upload else 'down'}load of {ref.title} is incomplete"
+        message = f"the download of {ref.title} is incomplete"
         return MachineError(message, where=where, fix="run the command again")
-    if is_upload:
-        fix = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, then run the command again"
-        return MachineError("the hub cannot be reached", where=where, fix=fix)
     message = f"the hub cannot be reached, and {ref.title} is not in its cache"
     fix = (
         "check the path, the network, HF_ENDPOINT and HF_HUB_OFFLINE; or download it elsewhere and "
@@ -258,9 +250,8 @@ def make_hub_error(error: BaseException, ref: HubRef, *, is_upload: bool = False
 
 
 def _find_cause(error: BaseException) -> BaseException:
-    """Return the error that made huggingface_hub look into its cache in vain, or an upload end."""
-    wrappers = (LocalEntryNotFoundError, RuntimeError)
-    while isinstance(error, wrappers) and error.__cause__ is not None:
+    """Return the error that made huggingface_hub look into its cache in vain."""
+    while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
@@ -273,16 +264,15 @@ def is_unreachable(error: BaseException) -> bool:
     return isinstance(error, HTTP_ERROR) and not isinstance(error, HfHubHTTPError)
 
 
-def _make_status_error(error: HfHubHTTPError, ref: HubRef, *, is_upload: bool) -> TunesmithError:
+def _make_status_error(error: HfHubHTTPError, ref: HubRef) -> TunesmithError:
     status = error.response.status_code
     where = ref.where
     if status == 401:
         fix = "set HF_TOKEN to a valid token, or unset it if the repository is public"
         return InputError("the hub does not accept the token", where=where, fix=fix)
     if status == 403:
-        right = "write to" if is_upload else "read"
-        message = f"the token is not allowed to {right} {ref.title}"
-        fix = f"set HF_TOKEN to a token that may {right} it, or ask its owners"
+        message = f"the token is not allowed to read {ref.title}"
+        fix = "set HF_TOKEN to a token that may read it, or ask its owners"
         return InputError(message, where=where, fix=fix)
     if status == 429:
         headers = error.response.headers

@@ -1,29 +1,22 @@
 """Export a finished run to another format, verified against the run before the folder appears.
 
-In: a run folder and a target of TARGETS. Out: ExportResult. What goes to the hub is one commit,
-after the gate, that names no folder of this machine; then the hub is asked for the hash of each
-file. A new target is two functions, a line in TARGETS and one in request.py. The
-tolerances follow from measurements (docs/guides/export.md). Left out: writing the formats (hf.py,
-gguf/, ollama.py) and comparing outputs (parity.py)."""
+In: a run folder and a target of TARGETS. Out: ExportResult. A new target is two functions, a line
+in TARGETS and one in request.py. The tolerances follow from measurements (docs/guides/export.md).
+Left out: writing the formats (hf.py, gguf.py, ollama.py) and comparing outputs (parity.py)."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi
 from torch import Tensor
 
-from tunesmith.core.atomic import MANIFEST, atomic_dir, read_sealed_files
+from tunesmith.core.atomic import atomic_dir, read_sealed_files
 from tunesmith.core.errors import GateError, InputError, MachineError
 from tunesmith.core.formatting import format_bytes
 from tunesmith.core.hardware import measure_machine
-from tunesmith.core.hub_names import SHOWN_COMMIT_CHARS
-from tunesmith.core.hub_repo import HubRef, hub_errors, request_files
 from tunesmith.core.types import Json, __version__
 from tunesmith.evaluate.scale_choice import MAX_SCALE
 from tunesmith.export.gguf import reload_gguf, reload_lora, write_gguf, write_lora
@@ -31,7 +24,6 @@ from tunesmith.export.hf import (
     has_expert_adapters,
     reload_merged,
     reload_peft,
-    write_hub,
     write_merged_folder,
     write_peft,
 )
@@ -52,7 +44,7 @@ from tunesmith.export.parity import (
     refuse_mismatch,
     select_examples,
 )
-from tunesmith.export.request import WHERE, HubTarget, choose_output_path, choose_type
+from tunesmith.export.request import choose_output_path, choose_type
 from tunesmith.export.source_run import SourceRun, open_source_run
 from tunesmith.model.merge import merge_into_network
 from tunesmith.model.save import select_linear_loras
@@ -96,7 +88,6 @@ TARGETS: dict[str, dict[str, ExportFormat]] = {
         kind: ExportFormat(write_ollama, reload_ollama, tolerance, width)
         for kind, (tolerance, width) in GGUF_TYPES.items()
     },
-    "hub": {"": ExportFormat(write_hub, reload_peft, EXACT_TOLERANCE)},
 }
 
 
@@ -111,16 +102,6 @@ class ExportedFile:
 
 
 @dataclass(frozen=True)
-class Upload:
-    """A commit on the hub, whose files were compared with those on this machine."""
-
-    url: str
-    commit: str
-    is_public: bool
-    files: int
-
-
-@dataclass(frozen=True)
 class ExportResult:
     """An export and its parity with the run. `type` is empty for a target with a single form."""
 
@@ -131,7 +112,6 @@ class ExportResult:
     parity: Parity
     base: MergeBase
     scale: float = 1.0  # factor on the adapter
-    upload: Upload | None = None  # of target hub
 
 
 def export_run(
@@ -328,42 +308,3 @@ def _compute_merged_logits(
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype).float()
     return compute_example_logits(network, examples)
-
-
-def export_to_hub(run: Path, target: HubTarget, *, scale: float = 1.0) -> ExportResult:
-    """Export the adapter of a run to a temporary folder, verify it as any export, and upload it.
-
-    Raises what `export_run` raises; InputError for a token without the right to write, MachineError
-    for an upload that fails."""
-    with TemporaryDirectory(prefix="tunesmith-hub-") as scratch:
-        folder = Path(scratch) / "adapter"
-        result = export_run(run, "hub", scale=scale, out=folder)
-        upload = _upload_folder(folder, target)
-    return dataclasses.replace(result, path="", upload=upload)
-
-
-def _upload_folder(folder: Path, target: HubTarget) -> Upload:
-    """Create the repository if it is new, and commit all files of a folder at once."""
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    api = HfApi()
-    with hub_errors(HubRef("model", target.repo, where=WHERE), is_upload=True):
-        if target.is_new:
-            api.create_repo(target.repo, private=not target.is_public)
-        commit = api.create_commit(
-            target.repo,
-            [CommitOperationAdd(name, path) for name, path in files.items()],
-            commit_message=f"Adapter trained and verified by tunesmith {__version__}",
-        )
-        uploaded = request_files(HubRef("model", target.repo, commit.oid, WHERE))
-    uploaded_by_name = {file.name: file for file in uploaded}
-    for name, path in files.items():
-        if name in uploaded_by_name and uploaded_by_name[name].has_content_of(path):
-            continue
-        message = f"the hub does not hold {name} as it was uploaded"
-        fix = f"check commit {commit.oid[:SHOWN_COMMIT_CHARS]} of {target.repo}, and export again"
-        raise MachineError(message, where=WHERE, fix=fix)
-    return Upload(str(commit.commit_url), commit.oid, target.is_public, len(files))

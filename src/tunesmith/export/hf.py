@@ -12,9 +12,6 @@ from pathlib import Path
 import torch
 
 from tunesmith.core.atomic import MANIFEST
-from tunesmith.core.formatting import hide_folders
-from tunesmith.core.hub_names import COMMIT, split_revision
-from tunesmith.core.json_io import dump_json, read_json_object
 from tunesmith.export.parity import ExportJob, ReloadedExport
 from tunesmith.export.source_run import SourceRun
 from tunesmith.model.causal_lm import load_network
@@ -37,7 +34,7 @@ from tunesmith.model.reference_load import encode_stock_prompts
 from tunesmith.model.save import rescale_adapter, save_config
 from tunesmith.session.identity import PROVENANCE_FILE as PROVENANCE
 from tunesmith.session.identity import update_weights_hash
-from tunesmith.train.model_card import CARD_FILE, find_hub_name, note_scale
+from tunesmith.train.model_card import CARD_FILE, note_scale
 
 MERGE_FIX = "export it with --to merged, and serve the merged model"
 
@@ -50,29 +47,6 @@ def write_peft(job: ExportJob) -> None:
         rescale_adapter(job.folder, job.run.scale, job.run.token_rows, job.run.modules)
         update_weights_hash(job.folder, job.folder / ADAPTER_WEIGHTS_FILE)
         note_scale(job.folder, job.run.scale, job.run.scale_points)
-
-
-def write_hub(job: ExportJob) -> None:
-    """Write the adapter as for PEFT, without the names of folders of this machine."""
-    write_peft(job)
-    config_file = job.folder / ADAPTER_CONFIG_FILE
-    config = read_json_object(config_file)
-    config_file.write_bytes(dump_json({**config, **_name_base(job.run)}, indent=2))
-    paths = job.run.plan.list_paths()
-    for name in (ADAPTER_CONFIG_FILE, PROVENANCE, CARD_FILE):
-        file = job.folder / name
-        if file.is_file():
-            file.write_text(hide_folders(file.read_text("utf-8"), paths), encoding="utf-8")
-
-
-def _name_base(run: SourceRun) -> dict[str, str]:
-    """Return the base in the words of PEFT: its name on the hub and its commit, if it has them."""
-    name = find_hub_name(run.model_spec)
-    if not name:
-        return {"base_model_name_or_path": Path(run.model_spec.name).name}
-    commit = split_revision(run.recipe.model)[1] or run.model_spec.path.name
-    revision = {"revision": commit} if COMMIT.fullmatch(commit) else {}
-    return {"base_model_name_or_path": name, **revision}
 
 
 def reload_peft(job: ExportJob) -> ReloadedExport:

@@ -4,29 +4,23 @@ tokenizer already say no.
     check_request(run, target, type)            InputError, or None
     choose_type(target, type)                   the type, the target's first one without a type
     choose_output_path(run, target, type, ...)  the new folder
-    check_target(repo, is_public)               the repository on the hub to upload to
 
-In: the words of the user and a run folder. Out: nothing, the type, the folder or the repository.
+In: the words of the user and a run folder. Out: nothing, the type or the folder.
 Left out: how a target is written and all that needs weights (export.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from tunesmith.core.errors import InputError
 from tunesmith.core.formatting import suggest_name
-from tunesmith.core.hub_names import is_hub_id
-from tunesmith.core.hub_repo import HubRef, hub_errors
 from tunesmith.core.run_dir import ADAPTER_DIR, MODEL_DIR, find_weights_dir
 from tunesmith.core.types import Json
 from tunesmith.model.hub.validate import read_model_json
 
 LORA = "lora"
+REMOVED_TARGETS = {"hub": "export to peft, then `hf upload OWNER/NAME FOLDER` of huggingface_hub"}
 REMOVED_TYPES = {"per-expert": "use --to merged: no server reads adapters of experts"}
 LLAMA_SERVER = "llama-server"  # the only server that takes a type: that of its GGUF
 MODEL_TYPES = ("f16", "q8_0", "bf16", "f32")  # of a GGUF of the whole model
@@ -35,7 +29,6 @@ TARGET_TYPES: dict[str, tuple[str, ...]] = {  # "" is the only form, or the usua
     "merged": ("",),
     "gguf": (*MODEL_TYPES, LORA),
     "ollama": MODEL_TYPES,
-    "hub": ("",),
 }
 ENGINES = {  # target -> the name of its server in messages
     "vllm": "vLLM",
@@ -46,7 +39,6 @@ ENGINES = {  # target -> the name of its server in messages
 }
 TOKENIZER_FILE = "tokenizer.json"
 FALLBACK_HINT = "export to merged or peft, which keep the model's own files"
-WHERE = "--repo"
 
 
 def choose_type(target: str, export_type: str | None) -> str:
@@ -56,6 +48,7 @@ def choose_type(target: str, export_type: str | None) -> str:
         names = (*TARGET_TYPES, *ENGINES)
         hint = suggest_name(target, names)
         fix = f"{hint} use one of {', '.join(names)}".strip()
+        fix = REMOVED_TARGETS.get(target, fix)
         raise InputError(f"unknown export target {target!r}", where="--to", fix=fix)
     return _choose(TARGET_TYPES[target], target, export_type)
 
@@ -120,52 +113,3 @@ def refuse_unless_bpe(tokenizer: Json, file: Path) -> None:
     if not isinstance(model, dict) or model.get("type") != "BPE" or not model.get("merges"):
         message = "only byte-level BPE tokenizers can be written as GGUF"
         raise InputError(message, where=str(file), fix=FALLBACK_HINT)
-
-
-@dataclass(frozen=True)
-class HubTarget:
-    """A repository to upload to, and how many files it holds already."""
-
-    repo: str
-    is_public: bool
-    is_new: bool
-    num_files: int = 0
-
-    @property
-    def description(self) -> str:
-        """The target in words, as a question to the user names it."""
-        visibility = "public" if self.is_public else "private"
-        if self.is_new:
-            return f"{self.repo}, a new {visibility} repository"
-        files = "1 file" if self.num_files == 1 else f"{self.num_files} files"
-        return (
-            f"{self.repo}, a {visibility} repository with {files}; those named alike are replaced"
-        )
-
-
-def check_target(repo: str | None, *, is_public: bool = False) -> HubTarget:
-    """Ask the hub about a repository to upload to.
-
-    Raises InputError without a token, for a name that is none, and for an existing repository that
-    is public unless that was asked for; MachineError if the hub cannot be reached."""
-    if repo is None or not is_hub_id(repo) or "@" in repo:
-        fix = "name the repository: --repo OWNER/NAME"
-        message = f"{repo!r:.80} is not a repository name" if repo else "the repository is missing"
-        raise InputError(message, where=WHERE, fix=fix)
-    if get_token() is None:
-        fix = "set HF_TOKEN to a token with write access"
-        raise InputError("there is no token for the hub", where=WHERE, fix=fix)
-    with hub_errors(HubRef("model", repo, where=WHERE), is_upload=True):
-        try:
-            info = HfApi().model_info(repo)
-        except GatedRepoError:
-            raise
-        except RepositoryNotFoundError:
-            return HubTarget(repo, is_public, is_new=True)
-    if info.private is False and not is_public:
-        fix = "add --public to publish the adapter there, or name another repository"
-        raise InputError(f"{repo} exists and is public", where=WHERE, fix=fix)
-    if info.private is not False and is_public:
-        fix = "leave --public out, or make it public on the hub"
-        raise InputError(f"{repo} exists and is private", where=WHERE, fix=fix)
-    return HubTarget(repo, is_public, is_new=False, num_files=len(info.siblings or ()))

@@ -290,12 +290,7 @@ def render_export(export: ExportResult) -> RenderableType:
         f"top-1 agreement {parity.top1_agreement:.1%} over {parity.positions} tokens, "
         f"largest logit difference {parity.max_logit_difference:.2g}"
     )
-    if upload := export.upload:
-        visibility = "public" if upload.is_public else "private"
-        parts.append(
-            f"uploaded ({visibility}); the hub holds the same {upload.files} files, by their hashes"
-        )
-    return Group(*parts, escape_markup(export.upload.url if export.upload else export.path))
+    return Group(*parts, escape_markup(export.path))
 
 
 def render_server_export(export: ServerExport) -> RenderableType:
