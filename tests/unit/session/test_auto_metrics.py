@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-import tunesmith
-from tiny_runs import make_tiny_recipe, write_rows
+from tiny_runs import make_tiny_recipe, plan_recipe, write_rows
 from tunesmith.core.types import PlanValue
 
 OBJECT = '{"name": "find", "year": %d}'
@@ -19,7 +18,7 @@ def plan_metrics(model: Path, folder: Path, answers: list[str], **changed: Any) 
     changed["data"] = write_rows(folder / "data.jsonl", rows[:-6])
     changed["test_data"] = write_rows(folder / "test.jsonl", rows[-6:])
     recipe = make_tiny_recipe(model, folder, metrics="auto", **changed)
-    return tunesmith.plan(recipe).settings["metrics"]
+    return plan_recipe(recipe).settings["metrics"]
 
 
 @pytest.mark.parametrize(
@@ -54,3 +53,9 @@ def test_a_schema_makes_the_fields_decide(tiny_folder: Path, tmp_path: Path) -> 
     answers = [OBJECT % i for i in range(40)]
     setting = plan_metrics(tiny_folder, tmp_path, answers, response_schema=schema)
     assert setting.value == ("field_f1", "schema_valid", "json_valid")
+
+
+def test_a_gate_on_exact_match_has_it_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    gates = {"test/exact_match": ">= 0.8"}
+    setting = plan_metrics(tiny_folder, tmp_path, [OBJECT % i for i in range(40)], gates=gates)
+    assert setting.value == ("field_f1", "json_valid", "exact_match")
