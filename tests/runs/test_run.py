@@ -99,8 +99,8 @@ def test_a_run_proves_measures_trains_and_measures_again(tiny_folder: Path, tmp_
     # four texts and three prompts are too few; the folder names another end than answers have
     unwatched = {check.kind for check in checks if check.level != "ok"}
     assert unwatched == {"forgetting", "answers unlearned", "EOS is supervised"}
-    # held-out loss, a few answers; expected answers; general text and its KL; what the guard says
-    look = [*[Score] * 6, CheckResult]
+    # held-out loss, answers by two metrics; expected answers; general text and its KL; the guard
+    look = [*[Score] * 7, CheckResult]
     assert kinds[first_step : done + 1] == [
         TrainStep,
         TrainStep,
@@ -116,7 +116,8 @@ def test_a_run_proves_measures_trains_and_measures_again(tiny_folder: Path, tmp_
         for part in (events[:first_step], events[done:])
     )
     assert before.keys() == {
-        ("test", "exact_match"),
+        ("test", "field_f1"),
+        ("test", "json_valid"),
         ("test", "loss"),
         ("general text", "bits_per_byte"),
     }
