@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.mistral4.modeling_mistral4 import Mistral4Attention, Mistral4ForCausalLM
 
 from preflight_models import prepare_network
@@ -110,6 +110,25 @@ def test_the_text_parts_of_multimodal_models_are_found() -> None:
         family = find_family(model_type)
         assert family is not None
         assert family.tensor_prefix.startswith("model.")
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl"])
+def test_published_files_name_the_text_part_without_its_prefix(
+    model_type: str, tmp_path: Path
+) -> None:
+    """transformers writes the names of the published files, which belong to the whole class."""
+    config: Any = make_config(model_type)
+    tiny = {"depth": 1, "embed_dim": 32, "num_heads": 2, "intermediate_size": 40}
+    for name, size in (tiny | {"hidden_size": 48, "out_hidden_size": 48}).items():
+        setattr(config.vision_config, name, size)
+    config.text_config.rope_parameters["mrope_section"] = [2, 2, 2]
+    torch.manual_seed(0)
+    network: Any = AutoModelForImageTextToText.from_config(config).eval()
+    network.save_pretrained(tmp_path)
+    tokens = make_tiny_document(60).tokens_L[:60].tolist()
+    expected = compute_stock_logits(network, tokens, [0, 30, 59])
+    actual = compute_stock_logits(load_network(tmp_path, torch.float32), tokens, [0, 30, 59])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def count_tokens_from(first: int, monkeypatch: pytest.MonkeyPatch) -> Any:

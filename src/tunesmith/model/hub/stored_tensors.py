@@ -197,15 +197,16 @@ PLAIN_NAMING = TensorNaming()  # as in the text class
 def read_naming(config: Json) -> TensorNaming:
     """Return how the checkpoint of this config.json names its tensors."""
     text = get_text_config(config)
-    sizes: dict[str, int | None] = {}
-    for key in ("num_hidden_layers", "hidden_size", "num_kv_shared_layers"):
-        sizes[key] = text[key] if type(text.get(key)) is int else None
+    keys = ("num_hidden_layers", "hidden_size", "num_kv_shared_layers")
+    sizes = {key: text[key] if type(text.get(key)) is int else None for key in keys}
     text_type = find_text_type(config)
     renamings: list[tuple[str, str]] = []
     if (model_type := str(config.get("model_type"))) not in TEXT_FAMILIES:
         from tunesmith.model.hub.transformers_families import find_renamings
 
-        renamings = find_renamings(model_type, text_type)
+        classes = config.get("architectures")
+        names = map(str, classes if isinstance(classes, list) else [])
+        renamings = find_renamings(*names, model_type, text_type)
     num_sharing_layers = sizes["num_kv_shared_layers"] if text_type in SHARING_TYPES else 0
     return TensorNaming(
         is_multimodal=bool(get_tensor_prefix(config)),

@@ -55,11 +55,11 @@ def find_causal_class(kind: type[PreTrainedConfig]) -> type[PreTrainedModel] | N
     return None
 
 
-def find_renamings(*model_types: str) -> list[tuple[str, str]]:
+def find_renamings(*classes_and_types: str) -> list[tuple[str, str]]:
     """Return pattern and replacement of names in published files that transformers renames."""
     renamings: list[tuple[str, str]] = []
-    for model_type in dict.fromkeys(model_types):
-        for step in get_checkpoint_conversion_mapping(model_type) or ():
+    for name in dict.fromkeys(classes_and_types):
+        for step in get_checkpoint_conversion_mapping(name) or ():
             if type(step) is WeightRenaming:
                 renamings += zip(step.source_patterns, step.target_patterns, strict=True)
     return renamings
