@@ -188,7 +188,7 @@ def eval_split(lab: Lab) -> None:
 
 def held_out_data(lab: Lab) -> None:
     assert "test_data" not in lab.plan().data
-    assert lab.scores(test_data=lab.rows(build_sum_rows(90, 4)))["test", "exact_match"].n == 4
+    assert lab.scores(test_data=lab.rows(build_sum_rows(90, 4)))["test", "field_f1"].n == 4
     scores = lab.scores(eval_data=lab.rows(build_sum_rows(90, 4)), test_data="none")
     assert ("test", "loss") not in scores
     assert scores["eval", "loss"].n == 4
