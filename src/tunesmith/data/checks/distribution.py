@@ -22,6 +22,7 @@ from tunesmith.data.checks.text_stats import (
     BROKEN_JSON,
     GOOD_JSON,
     RoleTextStats,
+    extract_row_texts,
 )
 
 MIN_JSON_SHARE = 0.8  # of the answers
@@ -35,8 +36,10 @@ MAD_TO_SD = 1.4826  # for a normal distribution
 MIN_SHARE_ROWS = 20  # shares of fewer rows mean little
 MAX_LABEL_RATIO = 4 / 3  # of desirable to undesirable (Ethayarajh 2024, equation 9)
 MAX_SIDE_SHARE = 0.8
-RARE_LANGUAGE_SHARE = 0.05
-MAX_RARE_SHARE = 0.01
+MIN_COMMON_SHARE = 0.1  # of the texts, of a language that is expected
+MAX_FOREIGN_SHARE = 0.01  # of the rows
+MAX_OTHER_SHARE = 0.2  # of the texts
+SHOWN_LANGUAGES = 6
 
 
 def _get_role_stats(context: CheckContext) -> RoleTextStats | None:
@@ -106,33 +109,64 @@ def check_length_outliers(context: CheckContext) -> Iterator[Finding]:
 
 
 def check_languages(context: CheckContext) -> Iterator[Finding]:
-    """Languages of the answers, and rows in a rare one."""
+    """Languages of the answers, and rows with a prompt or an answer in another language."""
     stats = _get_role_stats(context)
     if stats is None:
         return
-    if stats.languages_N is None:
+    if stats.languages_PN is None:
         if not context.earlier:
             message = "languages are not checked: py3langid is not installed"
             yield Finding("languages", "info", message, fix=INSTALL_HINT)
         return
-    detected = stats.languages_N[stats.languages_N >= 0]
-    counts = Counter(detected.tolist()).most_common()
-    if len(counts) < 2:
+    rows = _find_foreign_rows(context, stats)
+    detected = stats.languages_PN[-1][stats.is_clear_PN[-1]]
+    counts = Counter(detected.tolist()).most_common(SHOWN_LANGUAGES)
+    if len(counts) < 2 and not len(rows):
         return
     names = language_id.list_languages()
-    shares = [f"{names[number]} {count / len(detected):.1%}" for number, count in counts[:6]]
+    shares = [f"{names[number]} {count / len(detected):.1%}" for number, count in counts]
     sampled = ""
     if not stats.is_sampled_N.all():
         sampled = f" in a sample of {stats.is_sampled_N.sum():,} rows"
-    message = f"languages of {len(detected):,} answers{sampled}: {', '.join(shares)}"
-    rare = [number for number, count in counts if count < RARE_LANGUAGE_SHARE * len(detected)]
-    rows = np.flatnonzero(np.isin(stats.languages_N, rare))
+    message = f"languages of {len(detected):,} answers{sampled}: {', '.join(shares) or 'not clear'}"
     fix = ""
     if len(rows):
-        message += f"; in rare languages: {len(rows):,}"
-        fix = "if one language is intended, check the rows in the others"
-    level = "warn" if len(rows) > MAX_RARE_SHARE * len(detected) else "info"
+        message += f"; rows with a prompt or answer in another language: {len(rows):,}"
+        fix = "if one language is intended, check these rows"
+    level = "warn" if len(rows) > MAX_FOREIGN_SHARE * len(context.dataset) else "info"
     yield make_row_finding(context, "languages", level, message, rows, fix)
+
+
+def _find_foreign_rows(context: CheckContext, stats: RoleTextStats) -> np.ndarray:
+    """Return the rows whose prompt or answer is in a language that few have. Where many rows have
+    one, the data set has many languages, and none is foreign; labels have none."""
+    assert stats.languages_PN is not None
+    foreign: list[int] = []
+    for part, languages_N in enumerate(stats.languages_PN):
+        is_answer = part == len(stats.languages_PN) - 1
+        common = _list_common(languages_N, stats.is_clear_PN[part])
+        if not common or (is_answer and context.labels):
+            continue
+        candidates = np.flatnonzero((languages_N >= 0) & ~np.isin(languages_N, common)).tolist()
+        examples = map(context.dataset.read_example, candidates)
+        texts = [stats.extract_parts(extract_row_texts(example))[part] for example in examples]
+        rows = [
+            row
+            for row, text in zip(candidates, texts, strict=True)
+            if language_id.is_foreign(text, common)
+        ]
+        if len(rows) <= MAX_OTHER_SHARE * np.count_nonzero(languages_N >= 0):
+            foreign += rows
+    return np.unique(np.array(foreign, dtype=np.int64))
+
+
+def _list_common(languages_N: np.ndarray, is_clear_N: np.ndarray) -> list[int]:
+    """Return the languages that many texts have: of clear ones, if there are enough. Empty if most
+    texts are in none of them, as names and codes are."""
+    is_counted_N = is_clear_N if is_clear_N.sum() >= MIN_SHARE_ROWS else languages_N >= 0
+    values, counts = np.unique(languages_N[is_counted_N], return_counts=True)
+    is_common = counts >= MIN_COMMON_SHARE * counts.sum()
+    return values[is_common].tolist() if 2 * counts[is_common].sum() > counts.sum() else []
 
 
 def check_label_balance(context: CheckContext) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """Find secrets and personal data in texts, by pattern and, where there are any, check digits.
 
-They are never shown in full: `mask_text` keeps the ends. Names and addresses have no pattern and
-are left out."""
+They are never shown in full: `mask_text` keeps the ends. Names have no pattern and are left out;
+postal addresses are found as they are written in English, German, French and Spanish."""
 
 from __future__ import annotations
 
@@ -113,7 +113,32 @@ SECRETS = {
         "assword is", r"\b[Pp]assword is ([^\s\"'<]{8,60})", has_letters_and_digits
     ),
 }
+DATE = (
+    r"(?:\d{1,2}(?:[./-]|\. ?|(?:st|nd|rd|th)? )(?:\d{1,2}|[^\W\d_]{3,10}\.?)[./ -] ?\d{2,4}"
+    r"|\d{4}-\d\d?-\d\d?|[A-Z][a-z]{2,8}\.? \d{1,2}(?:st|nd|rd|th)?,? \d{4})"
+)
+STREET = (
+    r"Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Dr|Court|Ct|Place|Square|Terrace"
+    r"|Crescent|Close|Highway|Parkway|Way"
+)
+NAME = r"[A-Z0-9][\w'’.]{0,20}"
 PERSONAL_DATA = {
+    "dates of birth": make_pattern(
+        re.compile(r"(?i)b[io]r(?:th|n)|\bdob\b|gebor|geburt|n[ée]e? le|naci|nat[oa] il"),
+        r"(?i:\b(?:born(?: on)?|date of birth|birth ?(?:date|day)|dob|geboren(?: am)?|geburtsdatum"
+        r"|née? le|date de naissance|nacid[oa] el|fecha de nacimiento|nat[oa] il)\b)"
+        rf"(?:[\"']?\s?[:=]|\s?is|\s?was)?\s?[\"'(]?({DATE})",
+    ),
+    "postal addresses": make_pattern(
+        re.compile(r"\d"),
+        rf"\b\d{{1,5}}[A-Za-z]?,? (?:{NAME} ){{1,3}}(?:{STREET})\b\.?(?=,|\n| [A-Z#]|\.?$|[.;)])"
+        r"|\b[A-ZÄÖÜ][\wäöüß-]{2,24}(?:straße|strasse|str\.|gasse|allee|platz|weg|damm|ufer)"
+        r" \d{1,4} ?[a-z]?\b"
+        r"|\b\d{1,4}(?: ?bis)?,? (?:rue|avenue|boulevard|place|chemin|impasse|quai|allée)"
+        r" (?:de |du |des |la |le |les |l['’]|d['’])*[A-ZÉÈ][\w'’ -]{2,30}, ?\d{5}\b"
+        r"|\b(?:[Cc]alle|C/|[Aa]venida|Avda\.|[Pp]laza|[Vv]ia|[Pp]iazza|[Cc]orso)"
+        r" (?:de |del |la |las |los |di )*[A-ZÁÉÍÓÚ][\w'’ ]{2,30},? \d{1,4}\b",
+    ),
     "email addresses": make_pattern(
         "@", r"(?<![\w.+:/-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,127}[A-Za-z]{2,24}\b"
     ),
@@ -134,7 +159,8 @@ PERSONAL_DATA = {
     ),
 }
 FAKE_IDENTITY = re.compile(
-    r"@(?:[\w-]+\.)*example(?:\.(?:com|org|net))?\b|@localhost\b|noreply|^git@|^AKIA\w+EXAMPLE$",
+    r"@(?:[\w-]+\.)*example(?:\.(?:com|org|net))?\b|@localhost\b|noreply|^git@|^AKIA\w+EXAMPLE$"
+    r"|^(?:51 Franklin|59 Temple|675 Mass)",  # the FSF, in notices of licences
     re.IGNORECASE,
 )
 

@@ -181,6 +181,11 @@ ANY_INVISIBLE = re.compile(f"[{''.join(INVISIBLE_CHARS.values())}]")
 INVISIBLE_PATTERNS = {kind: re.compile(f"[{chars}]") for kind, chars in INVISIBLE_CHARS.items()}
 # Legitimate uses: tag characters in flags (Scotland), a variation selector after a CJK character.
 FLAG = re.compile("\U0001f3f4[\U000e0020-\U000e007f]+|(?<=[\u3400-\u9fff])[\U000e0100-\U000e01ef]")
+HTML_ENTITY = re.compile(
+    r"(?<!`)&(?:amp|lt|gt|quot|apos|nbsp|copy|euro|hellip|[mn]dash|[lr][sda]quo"
+    r"|[A-Za-z](?:acute|grave|uml|circ|cedil|tilde|ring|slash)|szlig|#\d{2,5}|#[xX][0-9a-fA-F]{2,4});"
+)
+HTML_SOURCE = re.compile(r"</?[a-z]\w*[ />]|```|\b(?:html|xml|entit|escap)", re.IGNORECASE)
 MOJIBAKE = re.compile("Ã[\u0080-\u00bf©¨ª«¼¶¤±³º§]|â€[™œ\u009d\u009c“”¦]|Â[\u00a0°»«£]|ï»¿")
 
 
@@ -201,7 +206,8 @@ def find_placeholders(row: RowTexts) -> Matches:
 
 
 def find_invisible_chars(row: RowTexts) -> Matches:
-    """Find characters that no reader sees, and text decoded with the wrong encoding."""
+    """Find characters that no reader sees, and text decoded wrongly or not to the end: HTML
+    entities count where the row has no HTML and does not speak of it."""
     for text in row.texts:
         if ANY_INVISIBLE.search(text):
             text = FLAG.sub("", text)
@@ -210,6 +216,8 @@ def find_invisible_chars(row: RowTexts) -> Matches:
                     yield kind, ""
         if not text.isascii() and MOJIBAKE.search(text):
             yield "mojibake (UTF-8 read as Latin-1)", ""
+        if "&" in text and HTML_ENTITY.search(text) and not any(map(HTML_SOURCE.search, row.texts)):
+            yield "HTML entities", ""
 
 
 # ---------------------------------------------------------------- repetition
@@ -295,7 +303,7 @@ ROW_CHECKS: dict[str, RowCheck] = {
         find_placeholders, "have placeholders in the answer", None, "fill them in, or drop the rows"
     ),
     "invisible_chars": RowCheck(
-        find_invisible_chars, "contain invisible characters", "warn",
+        find_invisible_chars, "contain invisible or wrongly decoded characters", "warn",
         "remove them, or re-decode the source", True,
     ),
     "echoes_prompt": RowCheck(

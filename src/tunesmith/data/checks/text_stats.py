@@ -47,6 +47,7 @@ COMMON_SHARE = 0.1
 COMMON_ROWS = 10
 MAX_NAMED_ROWS = 1000  # per finding; the terminal shows a few of them
 MAX_LANGUAGE_ROWS = 50_000  # language detection takes as long as everything else
+NUM_PARTS = 2  # of a row, each with a language of its own: prompt and answer
 NO_JSON = 0
 GOOD_JSON = 1
 BROKEN_JSON = 2
@@ -127,12 +128,15 @@ class RoleTextStats:
     prompt_chars_N: np.ndarray  # int64
     rejected_chars_N: np.ndarray  # int64, rejected answer of a pair
     json_kind_N: np.ndarray  # uint8, NO_JSON | GOOD_JSON | BROKEN_JSON
-    # int16, into language_id.list_languages(), -1: too little text; None without py3langid
-    languages_N: np.ndarray | None
-    is_sampled_N: np.ndarray  # bool, whether the language is detected
+    # int16, into language_id.list_languages(), -1: no text; None without py3langid
+    languages_PN: np.ndarray | None
+    is_clear_PN: np.ndarray  # bool, whether the language is certain
+    is_sampled_N: np.ndarray  # bool, whether the languages are guessed
+    common_lines: frozenset[str]  # of prompts, such as an instruction: they have no part in it
 
     @classmethod
-    def make_empty(cls, count: int) -> RoleTextStats:
+    def make_empty(cls, count: int, common_lines: frozenset[str]) -> RoleTextStats:
+        parts = (NUM_PARTS, count)
         return cls(
             check_counts={},
             answer_digests_N=np.zeros(count, dtype=np.uint64),
@@ -140,8 +144,10 @@ class RoleTextStats:
             prompt_chars_N=np.zeros(count, dtype=np.int64),
             rejected_chars_N=np.zeros(count, dtype=np.int64),
             json_kind_N=np.zeros(count, dtype=np.uint8),
-            languages_N=np.full(count, -1, dtype=np.int16) if language_id.is_installed() else None,
+            languages_PN=np.full(parts, -1, dtype=np.int16) if language_id.is_installed() else None,
+            is_clear_PN=np.zeros(parts, dtype=bool),
             is_sampled_N=np.isin(np.arange(count), permute_rows(0, 0, count)[:MAX_LANGUAGE_ROWS]),
+            common_lines=common_lines,
         )
 
     def record_row(self, index: int, row: RowTexts) -> None:
@@ -152,9 +158,17 @@ class RoleTextStats:
         if row.example.rejected is not None:
             self.rejected_chars_N[index] = len(extract_row_texts(row.example.rejected).answer)
         self.json_kind_N[index] = _classify_json(answer)
-        is_prose = self.json_kind_N[index] == NO_JSON
-        if self.languages_N is not None and self.is_sampled_N[index] and is_prose:
-            self.languages_N[index] = language_id.detect_language(row.answer)
+        if self.languages_PN is not None and self.is_sampled_N[index]:
+            for part, text in enumerate(self.extract_parts(row)):
+                guess = language_id.guess_language(text)
+                self.languages_PN[part, index], self.is_clear_PN[part, index] = guess
+
+    def extract_parts(self, row: RowTexts) -> tuple[str, str]:
+        """Return the texts whose languages are guessed: the prompt without what many prompts
+        share, and the answer, empty if it is JSON."""
+        lines = [line for line in row.prompt.splitlines() if line.strip() not in self.common_lines]
+        is_json = _classify_json(row.answer.strip()) != NO_JSON
+        return "\n".join(lines), "" if is_json else row.answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +212,17 @@ def find_common_ngrams(datasets: Mapping[str, Dataset], n: int) -> np.ndarray:
         values, counts = np.unique(np.concatenate(grams), return_counts=True)
         role_grams.append(values[counts > max(COMMON_ROWS, COMMON_SHARE * len(sample))])
     return np.unique(np.concatenate(role_grams))
+
+
+def find_common_lines(dataset: Dataset) -> frozenset[str]:
+    """Return the lines that many prompts share."""
+    sample = permute_rows(0, 0, len(dataset))[:SAMPLE_ROWS].tolist()
+    counts: Counter[str] = Counter()
+    for index in sample:
+        prompt = extract_row_texts(dataset.read_example(index)).prompt
+        counts.update({line.strip() for line in prompt.splitlines()})
+    limit = max(COMMON_ROWS, COMMON_SHARE * len(sample))
+    return frozenset(line for line, count in counts.items() if count > limit)
 
 
 def extract_ngrams(row: RowTexts, common: np.ndarray) -> np.ndarray:
@@ -246,7 +271,7 @@ class _StatsPass:
 
     def read_role(self, role: str) -> RoleTextStats:
         dataset = self.datasets[role]
-        stats = RoleTextStats.make_empty(len(dataset))
+        stats = RoleTextStats.make_empty(len(dataset), find_common_lines(dataset))
         is_hashed_N = self._mark_new_rows(dataset)
         bands_NB = np.zeros((len(dataset) if self.min_hasher else 0, NUM_BANDS), dtype=np.uint64)
         for index, row in enumerate(iter_rows(dataset)):

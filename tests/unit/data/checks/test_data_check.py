@@ -254,9 +254,49 @@ def test_languages_of_the_answers_and_rows_in_a_rare_one(report):
     )
     mixed = [*(chat(f"q{i}", english.format(i)) for i in range(60)), chat("q", german)]
     finding = report(data=mixed)["languages"]
-    assert finding.message == ("languages of 61 answers: en 98.4%, de 1.6%; in rare languages: 1")
+    assert finding.message == (
+        "languages of 61 answers: en 98.4%, de 1.6%; rows with a prompt or answer in another"
+        " language: 1"
+    )
     assert finding.rows == ("data.jsonl:61",)
     assert language_id.detect_language("def f(x): return x") == -1
+
+
+QUESTIONS = ("Where is the key of clock {}?", "Who repaired the clock in room {}?")
+ANSWERS = ("It hangs behind door {}.", "The clockmaker did, on day {}.")
+
+
+def test_short_prompts_and_answers_in_another_language(report):
+    english = [chat(QUESTIONS[i % 2].format(i), ANSWERS[i % 2].format(i)) for i in range(80)]
+    planted = [
+        chat("Wo ist der Schlüssel für die Uhr?", ANSWERS[0]),
+        chat(QUESTIONS[0].format(81), "No lo sé, pregunte al relojero."),
+        chat(QUESTIONS[1].format(82), "我不知道。"),
+        chat(QUESTIONS[1].format(83), "Johann Gottfried von Herder"),  # a name has no language
+    ]
+    finding = report(data=[*english, *planted])["languages"]
+    assert finding.rows == ("data.jsonl:81", "data.jsonl:82", "data.jsonl:83")
+    assert finding.level == "warn"
+
+
+def test_an_instruction_of_all_prompts_does_not_hide_their_language(report):
+    frame = "Answer the following question in one short sentence, and do not explain it.\n"
+    english = [
+        chat(frame + QUESTIONS[i % 2].format(i), ANSWERS[i % 2].format(i)) for i in range(80)
+    ]
+    german = chat(f"{frame}Wer hat die Uhr im Flur repariert?", ANSWERS[1])
+    assert report(data=[*english, german])["languages"].rows == ("data.jsonl:81",)
+
+
+def test_a_data_set_of_two_languages_has_no_foreign_rows(report):
+    mixed = [
+        chat(
+            QUESTIONS[i % 2].format(i),
+            ("Das weiß ich leider nicht, Nummer {}.", ANSWERS[1])[i % 2].format(i),
+        )
+        for i in range(80)
+    ]
+    assert "languages" not in report(data=mixed)
 
 
 def test_pairs_in_which_length_is_all_that_differs(report):

@@ -63,6 +63,8 @@ PROBLEMS = [
     ("invisible_chars", "Turn\x00 it", "control characters"),
     ("invisible_chars", "Turn \ufffd it", "U+FFFD replacement characters"),
     ("invisible_chars", "dÃ©jÃ\xa0 vu", "mojibake (UTF-8 read as Latin-1)"),
+    ("invisible_chars", "Turn it, don&#39;t press it &amp; wait", "HTML entities"),
+    ("invisible_chars", "Caf&eacute; is open", "HTML entities"),
     ("echoes_prompt", "Tell me how do I set the old clock in the hall", "echoed prompt"),
     ("loops", "The clock stands in the hall.\n" * 5, "repeated line"),
     ("loops", "The clock stands in the hall and it ticks. " * 12, "repeated phrase"),
@@ -134,6 +136,11 @@ FINE = [
     "AKIAIOSFODNN7EXAMPLE is none.",
     "| hour | bell |\n|---|---|\n"
     + "\n".join(f"| {hour} | {hour} times |" for hour in range(1, 30)),
+    "Escape it in HTML: &amp; is an ampersand. AT&T; R&D; x &lt y.",
+    "<p>Clocks &amp; bells</p>",
+    "This clock was born of need in 1999, on 12 Main lines, for 3 Big Way stations; the 4 West and "
+    "2 East roads meet here. Free Software Foundation, 51 Franklin Street, Boston.",
+    "The Streets of 1920 were Square. Chapter 12 Dr. Weg 3, der Weg 5 ist weit.",
     "Write to clock@example.com, or call 555 0100. Version 4.1.2.2026, order 2026-11-25.",
     "",
 ]
@@ -176,6 +183,11 @@ PRIVATE = [
     ("personal", "phone numbers", "+49 (0)89 1234 5678"),
     ("personal", "card numbers", "4111 1111 1111 1111"),
     ("personal", "IBANs", "DE89 3704 0044 0532 0130 00"),
+    ("personal", "postal addresses", "742 Evergreen Terrace"),
+    ("personal", "postal addresses", "1600 West Park Avenue"),
+    ("personal", "postal addresses", "Lindenstraße 12a"),
+    ("personal", "postal addresses", "14 rue de la Paix, 75002"),
+    ("personal", "postal addresses", "Calle de Alcalá 45"),
     ("personal", "US social security numbers", "078-05-1120"),
 ]
 
@@ -186,6 +198,19 @@ def test_secrets_and_personal_data_are_found_and_never_shown_whole(check, kind, 
     assert list(matches) == [kind]
     assert text not in matches[kind]
     assert "…" in matches[kind]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "born on 3 March 1984", "date of birth: 1984-03-03", "DOB 03/03/1984",
+        '"dob": "1984-03-03"', "birthday is March 3rd, 1984", "geboren am 3. März 1984",
+        "née le 3 mars 1984",
+    ],
+)  # fmt: skip
+def test_a_date_of_birth_is_found_where_it_is_called_so(text):
+    assert kinds("personal", f"She is {text}, it says.") == ["dates of birth"]
+    assert kinds("personal", f"The clock stopped {text.split(' ', 1)[1]}") == []
 
 
 @pytest.mark.parametrize("text", [text for _, _, text in PRIVATE])
