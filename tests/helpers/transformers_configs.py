@@ -53,6 +53,21 @@ GEMMA3N = {
     "laurel_rank": 4,
     "activation_sparsity_pattern": [0.5, 0.0] * 2,
 }
+TOWER: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim"), 16),
+    **dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_heads"), 2),
+    "patch_size": 4,
+    "image_size": 16,
+    "num_position_embeddings": 16,
+    "out_hidden_size": 48,
+    "deepstack_visual_indexes": [0],
+}
+SIGLIP = "siglip_vision_model"  # in place of a tower that needs another library
+SPECIAL_TOKENS = (
+    *("image_token_id", "image_token_index", "video_token_id"),
+    *("audio_token_id", "vision_start_token_id", "vision_end_token_id"),
+)
 SPARSE = {"layer_types": ["full_attention", "indexed_attention", "indexed_attention"]}
 CHANGES: dict[str, dict[str, Any]] = {
     "gemma3n_text": GEMMA3N,
@@ -88,6 +103,23 @@ def make_config(model_type: str) -> PreTrainedConfig:
     if "text_config" in kind.sub_configs:
         return kind(text_config=make_values(default.get_text_config()))
     return kind(**make_values(default))
+
+
+def make_whole_config(model_type: str) -> PreTrainedConfig:
+    """Return the config of a multimodal model whose towers are tiny, too."""
+    kind: Any = CONFIG_MAPPING[model_type]
+    default = kind()
+    values: dict[str, Any] = {name: 90 for name in SPECIAL_TOKENS if hasattr(default, name)}
+    for name in kind.sub_configs:
+        if name == "text_config":
+            values[name] = make_values(default.get_text_config())
+        elif part := getattr(default, name, None):
+            if part.model_type == "timm_wrapper":
+                part = CONFIG_MAPPING[SIGLIP]()
+            described = part.to_dict()
+            sizes = {key: size for key, size in TOWER.items() if key in described}
+            values[name] = sizes | {"model_type": part.model_type}
+    return kind(**values)
 
 
 def make_values(default: PreTrainedConfig) -> dict[str, Any]:

@@ -66,7 +66,10 @@ DTYPES = {
 }
 STOCK_DROPOUTS = ("residual_dropout", "embedding_dropout")  # numbers in modules
 # names in the forwards of classes with a head -> the exponent of this factor of logits
-HEAD_FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+HEAD_FACTORS = {
+    **dict.fromkeys(("logit_scale", "lm_head_multiplier", "output_multiplier"), 1),
+    "logits_scaling": -1,
+}
 MULTIPLIED_TYPES = ("hyperclovax",)  # others divide by logits_scaling
 HEAD_CAP = "final_logit_softcapping"
 RunLayers = Callable[[Tensor], Tensor | None]
@@ -205,10 +208,11 @@ def get_lm_head(network: PreTrainedModel) -> LMHead:
     assert output is not None, "a causal language model has a head"
     gather_weights(output)
     # configs may have keys that the class ignores
-    names = inspect.unwrap(type(network).forward).__code__.co_names
+    code = inspect.unwrap(type(network).forward).__code__
+    names = {*code.co_names, *code.co_consts}
     scale = 1.0
-    for name in HEAD_FACTORS.keys() & {*names}:
-        factor = getattr(config, name)
+    for name in HEAD_FACTORS.keys() & names:
+        factor = getattr(config, name, 1.0)
         if not factor:
             message = f"{name} is {factor!r}, by which logits cannot be scaled"
             raise InputError(message, where="config.json", fix="download config.json again")
@@ -217,7 +221,7 @@ def get_lm_head(network: PreTrainedModel) -> LMHead:
     new_rows = get_new_rows(output)
     if new_rows is not None:
         new_rows.write_into(output.weight)
-    softcap = float(getattr(config, HEAD_CAP) or 0) if HEAD_CAP in names else 0.0
+    softcap = float(getattr(config, HEAD_CAP, 0) or 0) if HEAD_CAP in names else 0.0
     return LMHead(output.weight, output.bias, scale, softcap, new_rows)
 
 

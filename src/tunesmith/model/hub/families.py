@@ -121,6 +121,7 @@ REFUSED_TYPES = {
     **dict.fromkeys(("nllb_moe", "switch_transformers"), CAPACITY_REASON),
     **dict.fromkeys(("mllama", "mllama_text_model"), "has layers that only images pass through"),
     **dict.fromkeys(("llama4", "llama4_text"), "attends within chunks, which is not supported"),
+    "glm4v_moe": "has experts whose adapters PEFT cannot load into the whole model",
     "nemotron": "does not pass on to its attention which documents a pack has",
     "phimoe": "chooses experts by SparseMixer, whose gradient is not computed exactly",
     "jetmoe": "chooses experts inside its attention, which is not supported",

@@ -323,11 +323,21 @@ def _check_model_type(config: Json, where: str) -> Family:
     reason = _find_unsupported_feature(config, model_type, family)
     if family is None or reason is not None:
         reason = reason or f"the model type {model_type!r} is not supported"
-        raise InputError(reason, where=where, fix=FAMILY_FIX)
+        raise InputError(reason, where=where, fix=_find_replacement(config))
     check_config_values(config, where)
     _check_nested_counts(config, where)
     find_packing(config, model_type, where)
     return family
+
+
+def _find_replacement(config: Json) -> str:
+    """Return what to use instead of a model that is refused: for a multimodal one, a text model of
+    the type of its text part."""
+    text = config.get("text_config")
+    text_type = text.get("model_type") if isinstance(text, dict) else None
+    if not isinstance(text_type, str) or text_type in REFUSED_TYPES or not find_family(text_type):
+        return FAMILY_FIX
+    return f"use a text model of type {text_type}, which is its text part, or {FAMILY_FIX}"
 
 
 def _find_unsupported_feature(config: Json, model_type: str, family: Family | None) -> str | None:
@@ -344,7 +354,9 @@ def _find_unsupported_feature(config: Json, model_type: str, family: Family | No
         return _find_unsupported_layer(text, model_type, text_family)
     for key in OTHER_INPUTS:
         if config.get(key):
-            return f"{model_type} has inputs other than text ({key})"
+            classes = config.get("architectures")
+            name = classes[0] if isinstance(classes, list) and classes else model_type
+            return f"{str(name)[:80]} of {model_type} has inputs other than text ({key})"
     if config.get("is_encoder_decoder") or "t5" in model_type:
         return f"{model_type} is an encoder-decoder; only decoders can be trained"
     return _find_unsupported_layer(config, model_type, family)
@@ -377,11 +389,21 @@ def _check_architecture(config: _ModelConfig) -> str:
         raise InputError(message, where=config.where, fix=DOWNLOAD_CONFIG_FIX)
     family = find_family(config.text_type)
     text_class = family.causal_class if family else ""
-    is_full = bool(config.family.tensor_prefix) and names[0].endswith(FULL_CLASS)
-    if is_full or names[0] in (text_class, config.family.written_class):
+    is_multimodal = bool(config.family.tensor_prefix)
+    is_full = names[0].endswith(FULL_CLASS)
+    if (is_full and is_multimodal) or names[0] in (text_class, config.family.written_class):
         return text_class
+    if is_multimodal:
+        raise _refuse_foreign_class(config, names[0], text_class)
+    if is_full:
+        message = f"architectures says {names[0][:80]}, a multimodal class, but {config.text_type} "
+        message += "is the type of a text model"
+        fix = (
+            f"use the whole model's config.json; for weights of the text alone, write {text_class}"
+        )
+        raise InputError(message, where=config.where, fix=fix)
     if not names[0].endswith("ForCausalLM"):
-        fix = "use a causal language model: a class whose name ends in ForCausalLM"
+        fix = f"use the {text_class} of this model: its base, or its chat model"
         message = f"{names[0][:80]} is not a causal language model"
         raise InputError(message, where=config.where, fix=fix)
     message = (
@@ -389,6 +411,20 @@ def _check_architecture(config: _ModelConfig) -> str:
         f"{text_class}"
     )
     raise InputError(message, where=config.where, fix=DOWNLOAD_CONFIG_FIX)
+
+
+def _refuse_foreign_class(config: _ModelConfig, name: str, text_class: str) -> InputError:
+    """Return the refusal of a multimodal checkpoint that names a class of code of its own."""
+    from tunesmith.model.hub.transformers_families import find_multimodal_class
+
+    model_type = str(config.content["model_type"])
+    full_class = find_multimodal_class(model_type) or f"a class that ends in {FULL_CLASS}"
+    message = f"architectures says {name[:80]}, but transformers' {model_type} is {full_class}"
+    fix = (
+        f"use the folder that transformers reads without remote code (often named -hf), whose "
+        f"architectures says {full_class}; its text part, {text_class}, is trained"
+    )
+    return InputError(message, where=config.where, fix=fix)
 
 
 def _has_tied_head(config: _ModelConfig, headers: Mapping[str, TensorHeader]) -> bool:

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_dtype_and_origin(model_folder: Path) -> None:
             {"model_type": "llava", "vision_config": {"a": 1}},
             "has no text part",
         ),
-        ({"vision_config": {"a": 1}}, r"llama has inputs other than text \(vision_config\)"),
+        ({"vision_config": {"a": 1}}, r"of llama has inputs other than text \(vision_config\)"),
         (
             {"per_layer_config": {"0": {"head_dim": 8}}},
             r"llama has layers of different sizes \(per_layer_config\)",
@@ -151,3 +152,51 @@ def test_a_stored_head_is_not_tied(change_config) -> None:
         folder / "model.safetensors",
     )
     assert not read_spec(folder).tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("changed", "message", "fix"),
+    [
+        (
+            {"architectures": ["Gemma3ForConditionalGeneration"]},
+            "says Gemma3ForConditionalGeneration, a multimodal class, but llama is the type",
+            r"whole model's config\.json; for weights of the text alone, write LlamaForCausalLM",
+        ),
+        (
+            {"architectures": ["InternVLChatModel"], "model_type": "internvl"},
+            "says InternVLChatModel, but transformers' internvl is InternVLForConditionalGenera",
+            r"whose architectures says InternVLForConditionalGeneration; .* Qwen2ForCausalLM",
+        ),
+        (
+            {
+                "architectures": ["Cohere2VisionForConditionalGeneration"],
+                "model_type": "cohere2_vision",
+                "text_config": {"model_type": "cohere2"},
+                "vision_config": {"a": 1},
+            },
+            "^[^ ]*: Cohere2VisionForConditionalGeneration of cohere2_vision has inputs other than",
+            "use a text model of type cohere2, which is its text part, or choose another",
+        ),
+    ],
+)
+def test_a_multimodal_class_is_refused_with_what_to_use_instead(
+    change_config, changed: dict, message: str, fix: str
+) -> None:
+    folder = change_config(**changed)
+    if changed.get("model_type") == "internvl":
+        config = json.loads((folder / "config.json").read_text())
+        text = config | {"model_type": "qwen2"}
+        outer = changed | {"text_config": text}
+        (folder / "config.json").write_text(json.dumps(outer))
+        weights = load_file(folder / "model.safetensors")
+        biases = {
+            name.replace("weight", "bias"): tensor[:, 0].clone()
+            for name, tensor in weights.items()
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        }
+        prefix = "model.language_model."
+        named = {f"{prefix}{n.removeprefix('model.')}": t for n, t in (weights | biases).items()}
+        save_file(named, folder / "model.safetensors")
+    with pytest.raises(InputError, match=message) as caught:
+        read_spec(folder)
+    assert re.search(fix, caught.value.fix)
