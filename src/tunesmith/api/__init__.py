@@ -460,16 +460,14 @@ def export(
     to: str,
     *,
     type: str | None = None,
-    base: str = "auto",
     scale: float = 1.0,
     out: AnyPath | None = None,
 ) -> ExportResult:
     """Export a finished run as "peft", "merged", "gguf" or "ollama", checked against the run.
 
-    `type` of a GGUF: "f16", "q8_0", "bf16", "f32", or "lora" for the adapter only. `base` to merge
-    a QLoRA adapter into: "original", "dequantized" or "auto". `scale` multiplies the adapter.
-    `out` is a new folder, RUN/export/TO by default. Raises GateError, and leaves no files, if the
-    export does not answer as the run does."""
+    `type` of a GGUF: "f16", "q8_0", "bf16" or "f32". `scale` multiplies the adapter. `out` is a new
+    folder, RUN/export/TO by default. Raises GateError, and leaves no files, if the export does not
+    answer as the run does."""
     run_dir.require_run(Path(path))
     from tunesmith.export.request import check_request, choose_output_path, choose_type
 
@@ -478,7 +476,7 @@ def export(
     choose_output_path(Path(path), to, choose_type(to, type), scale=scale, out=out)
     from tunesmith.export.export import export_run
 
-    return export_run(Path(path), to, kind=type, base=base, scale=scale, out=out)
+    return export_run(Path(path), to, kind=type, scale=scale, out=out)
 
 
 def export_servers(

@@ -245,12 +245,7 @@ def tune_sweep(
 def export(
     folders: RunArgs,
     to: Annotated[str, option("TARGET", "peft, merged, gguf, ollama or a server such as vllm.")],
-    type: Annotated[
-        str | None, option("TYPE", "GGUF type: f16, q8_0, bf16, f32; lora: adapter only.")
-    ] = None,
-    base: Annotated[
-        str, option("BASE", "QLoRA merge base: original, dequantized or auto.")
-    ] = "auto",
+    type: Annotated[str | None, option("TYPE", "GGUF type: f16, q8_0, bf16 or f32.")] = None,
     scale: Annotated[float, option("X", "Adapter scale; 1 is as trained.")] = 1.0,
     out: Annotated[
         Path | None, option("FOLDER", "New folder; RUN/export/TARGET by default.")
@@ -262,12 +257,11 @@ def export(
     from tunesmith.export.request import ENGINES
 
     if to in ENGINES:
-        _refuse_unused({"--base": None if base == "auto" else base}, f"with --to {to}")
         served = api.export_servers(folders, to, type=type, scale=scale, out=out)
         print_result(served, render_server_export(served), as_json=as_json)
         return
     folder = _get_single_run(folders, to)
-    result = api.export(folder, to, type=type, base=base, scale=scale, out=out)
+    result = api.export(folder, to, type=type, scale=scale, out=out)
     print_result(result, render_export(result), as_json=as_json)
 
 
@@ -277,13 +271,6 @@ def _get_single_run(folders: Sequence[Path], target: str) -> Path:
         message = f"--to {target} takes one run; got {len(folders)}"
         raise InputError(message, where="command line", fix="export them one by one")
     return folders[0]
-
-
-def _refuse_unused(flags: dict[str, object], condition: str) -> None:
-    for flag, value in flags.items():
-        if value is not None:
-            message = f"{flag} has no effect {condition}"
-            raise InputError(message, where="command line", fix="leave it out")
 
 
 def schema(as_json: AsJson = False) -> None:

@@ -67,6 +67,7 @@ OLD_FLAGS = {
     "`tunesmith compare` on the two runs",
     "--metric": "set it as the recipe's `metrics`: --metrics METRIC",
     "--similarity": "leave it out: questions are compared by hidden states",
+    "export --base": "leave it out: the adapter is merged into the weights that it was trained on",
     "--fit": "use --memory",
     "--calibrate": "use --benchmark",
     "--allow-drift": "use --allow-changes",
@@ -91,9 +92,8 @@ def refuse_old_words(words: Sequence[str]) -> None:
         raise InputError(message, where=COMMAND_LINE, fix=f"use `{new_verb}`")
     for word in words:
         flag = word.partition("=")[0].replace("_", "-")
-        if flag in OLD_FLAGS:
-            message = f"{flag} is no longer a flag"
-            raise InputError(message, where=COMMAND_LINE, fix=OLD_FLAGS[flag])
+        if fix := OLD_FLAGS.get(flag) or OLD_FLAGS.get(f"{words[0]} {flag}"):
+            raise InputError(f"{flag} is no longer a flag", where=COMMAND_LINE, fix=fix)
 
 
 def parse_recipe_args(args: Sequence[str] | None) -> Recipe | Stages:

@@ -6,12 +6,9 @@ Left out: writing the formats (hf.py, gguf.py, ollama.py) and comparing outputs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from tunesmith.core.atomic import atomic_dir, read_sealed_files
 from tunesmith.core.errors import GateError, InputError, MachineError
@@ -19,9 +16,8 @@ from tunesmith.core.formatting import format_bytes
 from tunesmith.core.hardware import measure_machine
 from tunesmith.core.types import Json, __version__
 from tunesmith.evaluate.scale_choice import MAX_SCALE
-from tunesmith.export.gguf import reload_gguf, reload_lora, write_gguf, write_lora
+from tunesmith.export.gguf import reload_gguf, write_gguf
 from tunesmith.export.hf import (
-    has_expert_adapters,
     reload_merged,
     reload_peft,
     write_merged_folder,
@@ -29,25 +25,18 @@ from tunesmith.export.hf import (
 )
 from tunesmith.export.ollama import reload_ollama, write_ollama
 from tunesmith.export.parity import (
-    BaseKind,
     ExportJob,
     Parity,
-    ParityExample,
     ReloadedExport,
     Tolerance,
     compare_outputs,
-    compute_example_logits,
     compute_export_outputs,
-    compute_live_logits,
     compute_live_outputs,
-    compute_mean_kl,
     refuse_mismatch,
     select_examples,
 )
 from tunesmith.export.request import choose_output_path, choose_type
 from tunesmith.export.source_run import SourceRun, open_source_run
-from tunesmith.model.merge import merge_into_network
-from tunesmith.model.save import select_linear_loras
 
 
 @dataclass(frozen=True)
@@ -82,8 +71,7 @@ TARGETS: dict[str, dict[str, ExportFormat]] = {
     "gguf": {
         kind: ExportFormat(write_gguf, reload_gguf, tolerance, width)
         for kind, (tolerance, width) in GGUF_TYPES.items()
-    }
-    | {"lora": ExportFormat(write_lora, reload_lora, EXACT_TOLERANCE)},
+    },
     "ollama": {
         kind: ExportFormat(write_ollama, reload_ollama, tolerance, width)
         for kind, (tolerance, width) in GGUF_TYPES.items()
@@ -110,7 +98,6 @@ class ExportResult:
     path: str
     files: tuple[ExportedFile, ...]
     parity: Parity
-    base: MergeBase
     scale: float = 1.0  # factor on the adapter
 
 
@@ -119,7 +106,6 @@ def export_run(
     target: str,
     *,
     kind: str | None = None,
-    base: str = "auto",
     scale: float = 1.0,
     out: Path | None = None,
 ) -> ExportResult:
@@ -127,7 +113,6 @@ def export_run(
 
     Args:
         kind: the type of a GGUF; None for the target's first.
-        base: the weights that an adapter trained on 4-bit weights is merged into.
         scale: factor on the adapter.
         out: the new folder; None for RUN/export/TARGET.
 
@@ -140,26 +125,22 @@ def export_run(
     export_format = TARGETS[target][kind]
     run = _scale_run(open_source_run(path), scale)
     output_path = choose_output_path(path, target, kind, scale=run.scale, out=out)
-    _refuse_unsupported(run, export_format)
+    _refuse_missing_adapter(run, export_format)
     _refuse_too_large(run, export_format)
     needed_bytes = _estimate_bytes(run, export_format)
     examples = select_examples(run)
-    is_merged = export_format.bytes_per_weight != 0
-    merge_base = choose_base(run, examples, base, is_merged=is_merged)
     manifest = _build_manifest(run)
     with atomic_dir(
         output_path, metadata=manifest, needed_bytes=needed_bytes, key="--out"
     ) as folder:
-        # an adapter alone is for the base that it was trained on
-        job_base = merge_base.base if is_merged else "dequantized"
-        job = ExportJob(run, folder, kind, examples, job_base)
+        job = ExportJob(run, folder, kind, examples)
         export_format.write(job)
         parity = _verify_export(job, export_format)
     files = tuple(
         ExportedFile(name, file.num_bytes, file.sha256)
         for name, file in read_sealed_files(output_path).items()
     )
-    return ExportResult(target, kind, str(output_path), files, parity, merge_base, run.scale)
+    return ExportResult(target, kind, str(output_path), files, parity, run.scale)
 
 
 def merge_stage(path: Path, model_dir: Path) -> str:
@@ -183,25 +164,11 @@ def _scale_run(run: SourceRun, scale: float) -> SourceRun:
     return run.with_scale(scale)
 
 
-def _refuse_unsupported(run: SourceRun, export_format: ExportFormat) -> None:
-    """Raise InputError for an adapter that does not exist or that the format cannot hold."""
-    where = str(run.path)
+def _refuse_missing_adapter(run: SourceRun, export_format: ExportFormat) -> None:
+    """Raise InputError for an adapter that does not exist."""
     if export_format.bytes_per_weight == 0 and not run.loras:
         message = "this run trained all weights: there is no adapter"
-        raise InputError(message, where=where, fix="export to merged or gguf")
-    if export_format.write is not write_lora:
-        return
-    fix = "export to merged, or to gguf with another --type"
-    if run.token_rows:
-        message = "a GGUF adapter cannot hold the embeddings of added tokens"
-        raise InputError(message, where=where, fix=fix)
-    if run.modules:
-        message = f"a GGUF adapter cannot hold modules_to_save ({', '.join(run.modules):.80})"
-        raise InputError(message, where=where, fix=fix)
-    if has_expert_adapters(run):
-        raise InputError("a GGUF adapter cannot hold adapters of experts", where=where, fix=fix)
-    if any(lora.magnitude_O is not None for lora in select_linear_loras(run.loras).values()):
-        raise InputError("a GGUF adapter cannot hold DoRA magnitudes", where=where, fix=fix)
+        raise InputError(message, where=str(run.path), fix="export to merged or gguf")
 
 
 def _refuse_too_large(run: SourceRun, export_format: ExportFormat) -> None:
@@ -253,58 +220,3 @@ def _verify_export(job: ExportJob, export_format: ExportFormat) -> Parity:
     parity = compare_outputs(job, live_outputs, export_outputs, reloaded)
     refuse_mismatch(export_format.tolerance, parity, job, reloaded)
     return parity
-
-
-# ---------------------------------------------------------------- the base that is merged into
-
-
-BASES: tuple[BaseKind, ...] = ("dequantized", "original")
-
-
-@dataclass(frozen=True)
-class MergeBase:
-    """The base, and the mean KL to the run in nats of the adapter merged into each one, rounded to
-    the base's dtype; empty where there is no choice."""
-
-    base: BaseKind
-    mean_kl: Mapping[str, float]
-
-
-def choose_base(
-    run: SourceRun, examples: Sequence[ParityExample], requested: str, *, is_merged: bool
-) -> MergeBase:
-    """Return the requested base, or for `auto` the one that is closer to the run: the original
-    weights rarely are, since an adapter also compensates quantization errors.
-
-    is_merged: the export contains more than the adapter. Raises InputError for an unknown base, and
-    for a choice without effect.
-    """
-    where = "--base"
-    if requested not in (*BASES, "auto"):
-        fix = f"use one of {', '.join(BASES)}, auto"
-        raise InputError(f"unknown base {requested!r}", where=where, fix=fix)
-    if is_merged and run.quantized_paths:
-        run_logits = compute_live_logits(run, examples)
-        kl_by_base: dict[str, float] = {}
-        for base in BASES:
-            merged_logits = _compute_merged_logits(run, examples, base)
-            kl_by_base[base] = compute_mean_kl(run_logits, merged_logits)
-        chosen = min(BASES, key=lambda base: (base != requested, kl_by_base[base]))
-        return MergeBase(chosen, kl_by_base)
-    if requested != "auto":
-        reason = "only the adapter is exported"
-        if is_merged:
-            reason = "this run's base was not quantized to 4 bits"
-        raise InputError(f"no base to choose: {reason}", where=where, fix="leave --base out")
-    return MergeBase("original", {})
-
-
-def _compute_merged_logits(
-    run: SourceRun, examples: Sequence[ParityExample], base: BaseKind
-) -> tuple[Tensor, ...]:
-    network = run.load_base_network(is_original=base == "original")
-    merge_into_network(network, run.changes)
-    dtype: torch.dtype = getattr(torch, run.model_spec.dtype)
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(dtype).float()
-    return compute_example_logits(network, examples)

@@ -1,8 +1,8 @@
-"""Exports for llama.cpp and engines built on it: a merged model, or an adapter, as a GGUF file.
+"""Exports for llama.cpp and engines built on it: a merged model as a GGUF file.
 
-In: an ExportJob. Out: `model-TYPE.gguf`, or `adapter.gguf`, which is loaded with a GGUF of the same
-base; written tensor by tensor. Matrices have the requested type; vectors, and matrices with rows
-that do not fill its blocks, a wider one, as in llama.cpp's own converter. Only families that our
+In: an ExportJob. Out: `model-TYPE.gguf`, written tensor by tensor. Matrices have the requested
+type; vectors, and matrices with rows that do not fill its blocks, a wider one, as in llama.cpp's
+own converter. Only families that our
 reader and llama.cpp support are written; others are refused by name. A GGUF has only the name of a
 pre-tokenizer: the one that splits a probe text like the original. Read back by transformers' own
 GGUF reader, with tokenizer and template from the file alone. Left out: SentencePiece vocabularies.
@@ -10,7 +10,6 @@ GGUF reader, with tokenizer and template from the file alone. Left out: Sentence
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -22,7 +21,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from gguf import (
     GGML_QUANT_SIZES,
     MODEL_ARCH,
@@ -46,10 +44,9 @@ from tunesmith.model.gguf.convert import (
     LFM2,
     QWEN3_MOE,
     ROPE_FACTORS,
-    reverse_permute,
     write_settings,
 )
-from tunesmith.model.gguf.reader import GgufFile, read_gguf, read_tensor
+from tunesmith.model.gguf.reader import GgufFile, read_gguf
 from tunesmith.model.gguf.tokenizer import (
     CONTROL_TYPE,
     PRE_TOKENIZERS,
@@ -64,11 +61,9 @@ from tunesmith.model.merge import (
     WeightDeltas,
     iter_merged_tensors,
     merge_headers,
-    merge_into_network,
     refuse_packed_merge,
 )
 from tunesmith.model.reference_load import encode_stock_prompts, load_config_dict, load_gguf
-from tunesmith.model.save import LoraTensors, select_linear_loras
 
 NORMAL_TYPE = 1
 # in llama.cpp, whose files of other architectures may have a bias of attn_output
@@ -94,8 +89,6 @@ QUANTIZATION_VERSION = 2  # of the block formats
 TensorSlot = tuple[str, tuple[int, ...], GGMLQuantizationType]  # name, shape, type in the file
 EXPERT_NAME = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(.+)")  # layer, expert, matrix
 CONV_NAME = ".conv.conv.weight"  # of LFM2: [H, 1, K], in a GGUF [H, K]
-ADAPTER_FILE = "adapter.gguf"
-BASE_NAME_KEY = "general.base_model.0.name"
 
 
 def build_architecture(config: Json, spec: ModelSpec) -> tuple[Json, np.ndarray | None]:
@@ -307,11 +300,11 @@ def write_model(
     metadata: Json,
     rope_factors: np.ndarray | None,
     export_type: str,
-    dequantized_paths: Collection[str] = (),
+    quantized_paths: Collection[str] = (),
 ) -> None:
     """Write the weights of a model with the adapter merged in.
 
-    dequantized_paths: matrices that are quantized to 4 bits and back before merging. Raises
+    quantized_paths: matrices that are quantized to 4 bits and back before merging. Raises
     GateError for values that the type cannot represent.
     """
     refuse_packed_merge(model_spec.path, changes)
@@ -335,7 +328,7 @@ def write_model(
         extra.append(((ROPE_FACTORS, rope_factors.shape, TENSOR_TYPES["f32"]), rope_factors))
     weights = (
         (slots[name], _interleave_halves(name, tensor, model_spec))
-        for name, tensor in iter_merged_tensors(headers, changes, dequantized_paths)
+        for name, tensor in iter_merged_tensors(headers, changes, quantized_paths)
     )
     file_type = LlamaFileType.ALL_F32
     if export_type != "f32":
@@ -348,54 +341,6 @@ def write_model(
     # a slot of all experts of a layer once
     all_slots = [*(slot for slot, _ in extra), *dict.fromkeys(slots.values())]
     _write_gguf(file, model_spec, general | metadata, all_slots, chain(extra, weights))
-
-
-def write_adapter(
-    file: Path, model_spec: ModelSpec, loras: Mapping[str, LoraTensors], metadata: Json
-) -> None:
-    """Write the adapter alone in fp32. llama.cpp scales it by alpha / rank, rsLoRA included.
-
-    A file has a single alpha: where layers differ, B takes the rest of the scale."""
-    name_map = _build_name_map(model_spec)
-    alphas = [lora.scale * lora.a_RI.shape[0] for lora in loras.values()]
-    file_alpha = alphas[0]
-    tensors: list[tuple[TensorSlot, np.ndarray]] = []
-    for (path, lora), alpha in zip(loras.items(), alphas, strict=True):
-        name = f"{path}.weight"
-        gguf_name = _map_name(name_map, name, model_spec)
-        a_RI = lora.a_RI.numpy()
-        scaled_OR = lora.b_OR if math.isclose(alpha, file_alpha) else lora.b_OR * alpha / file_alpha
-        b_OR = _interleave_halves(name, scaled_OR, model_spec)
-        for letter, values in (("a", a_RI), ("b", b_OR)):
-            slot = (f"{gguf_name}.lora_{letter}", values.shape, TENSOR_TYPES["f32"])
-            tensors.append((slot, values))
-    general = {
-        "general.type": "adapter",
-        "adapter.type": "lora",
-        "adapter.lora.alpha": float(file_alpha),
-    }
-    _write_gguf(file, model_spec, general | metadata, [slot for slot, _ in tensors], tensors)
-
-
-def read_adapter(file: Path, model_spec: ModelSpec) -> dict[str, LoraTensors]:
-    """Read what `write_adapter` wrote: path of a linear layer -> its LoRA tensors."""
-    source = read_gguf(file)
-    name_map = _build_name_map(model_spec)
-    tensors_by_name = {tensor.name: tensor for tensor in source.tensors}
-    loras: dict[str, LoraTensors] = {}
-    for name in read_headers(model_spec.path):
-        gguf_name = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
-        if f"{gguf_name}.lora_a" not in tensors_by_name:
-            continue
-        a_RI = read_tensor(source, tensors_by_name[f"{gguf_name}.lora_a"])
-        b_OR = read_tensor(source, tensors_by_name[f"{gguf_name}.lora_b"])
-        if _is_rotated(name, model_spec):
-            b_OR = reverse_permute(b_OR, model_spec.head_dim)
-        scale = source.require("adapter.lora.alpha", float) / len(a_RI)
-        a_tensor = torch.from_numpy(a_RI)
-        b_tensor = torch.from_numpy(b_OR.copy())
-        loras[name.removesuffix(".weight")] = LoraTensors(a_tensor, b_tensor, scale)
-    return loras
 
 
 # ---------------------------------------------------------------- names, order, bytes
@@ -537,7 +482,7 @@ def write_gguf(job: ExportJob) -> None:
         metadata,
         rope_factors,
         job.export_type,
-        job.dequantized_paths,
+        run.quantized_paths,
     )
 
 
@@ -555,26 +500,3 @@ def reload_gguf(job: ExportJob) -> ReloadedExport:
         special_ids = [find_special_id(gguf_file, name) for name in ("eos", "eot", "eom")]
         end_ids = tuple(dict.fromkeys(index for index in special_ids if index is not None))
         return ReloadedExport(load_gguf(file, settings_dir), rendered_ids, end_ids)
-
-
-def write_lora(job: ExportJob) -> None:
-    run = job.run
-    # Refuses a model that no GGUF can express.
-    build_architecture(load_config_dict(run.model_spec.path), run.model_spec)
-    metadata = {
-        "general.name": run.name,
-        "general.base_model.count": 1,
-        BASE_NAME_KEY: run.model_spec.name,
-    }
-    write_adapter(
-        job.folder / ADAPTER_FILE, run.model_spec, select_linear_loras(run.loras), metadata
-    )
-
-
-def reload_lora(job: ExportJob) -> ReloadedExport:
-    """Merge the file's adapter into the stock base. It has no tokenizer, so prompts and end tokens
-    are the run's own."""
-    network = job.run.load_base_network()
-    merge_into_network(network, read_adapter(job.folder / ADAPTER_FILE, job.run.model_spec))
-    rendered_ids = [example.rendered_ids for example in job.chat_examples]
-    return ReloadedExport(network, rendered_ids, job.run.renderer.end_ids)

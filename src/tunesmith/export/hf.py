@@ -66,7 +66,7 @@ def write_merged_folder(job: ExportJob) -> None:
     _copy_files(job, ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, PROVENANCE, WEIGHTS_FILE, CARD_FILE)
     save_config(job.folder, run.model_spec.path, run.model_spec.vocab_size, is_packed=True)
     write_merged_weights(
-        run.model_spec.path, run.changes, job.folder / WEIGHTS_FILE, job.dequantized_paths
+        run.model_spec.path, run.changes, job.folder / WEIGHTS_FILE, run.quantized_paths
     )
 
 

@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -54,7 +53,6 @@ MAX_POSITIONS = 32  # per row, where logits are compared
 ENOUGH_POSITIONS = 256  # of all rows; more prompts only take time, five forwards each
 MAX_ROW_TOKENS = 1024  # longer rows are used only if all are longer
 MAX_NEW_TOKENS = 32
-BaseKind = Literal["original", "dequantized"]
 # Q8_0 keeps matrices in fp16 whose rows do not divide into its blocks.
 ROUNDED_DTYPES = {"f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
 
@@ -107,12 +105,6 @@ class ExportJob:
     folder: Path
     export_type: str
     examples: Sequence[ParityExample]
-    base: BaseKind = "original"  # the weights that a QLoRA adapter is merged into
-
-    @property
-    def dequantized_paths(self) -> frozenset[str]:
-        """The matrices that the adapter is merged into after dequantization."""
-        return self.run.quantized_paths if self.base == "dequantized" else frozenset()
 
     @property
     def rounded_dtype(self) -> torch.dtype | None:
@@ -263,8 +255,7 @@ def _sample_changes(job: ExportJob) -> tuple[SampledChange, ...]:
     """Return rows of what training changed in the base that the export starts from."""
     if not job.run.changes:
         return ()
-    network = job.run.load_base_network(is_original=job.base == "original")
-    return sample_changes(network, job.run.changes, job.rounded_dtype)
+    return sample_changes(job.run.load_base_network(), job.run.changes, job.rounded_dtype)
 
 
 def compute_export_outputs(job: ExportJob, reloaded: ReloadedExport) -> ParityOutputs:
@@ -279,11 +270,6 @@ def compute_export_outputs(job: ExportJob, reloaded: ReloadedExport) -> ParityOu
         raise GateError(message, where=str(job.run.path), fix="please report this")
     model = wrap_model(reloaded.network, torch.float32)
     return ParityOutputs(logits, _generate_greedy(model, job, reloaded.end_ids))
-
-
-def compute_live_logits(run: SourceRun, examples: Sequence[ParityExample]) -> tuple[Tensor, ...]:
-    """Return the run's logits in our engine. The model is freed when this returns."""
-    return _compute_engine_logits(run.load_live_model(), examples, "the run")
 
 
 def compute_example_logits(
@@ -401,8 +387,6 @@ def refuse_mismatch(
         problems.append(f"the largest KL at a position is {kl}, above {tolerance.max_kl:g}")
     if not problems:
         return
-    if job.base == "original" and run.quantized_paths:
-        fix = "use --base dequantized, the weights that the adapter was trained on"
     message = f"the export does not behave as the run: {'; '.join(problems)}"
     raise GateError(message, where=str(run.path), fix=f"nothing was written; {fix}")
 

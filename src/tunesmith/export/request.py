@@ -19,15 +19,17 @@ from tunesmith.core.run_dir import ADAPTER_DIR, MODEL_DIR, find_weights_dir
 from tunesmith.core.types import Json
 from tunesmith.model.hub.validate import read_model_json
 
-LORA = "lora"
 REMOVED_TARGETS = {"hub": "export to peft, then `hf upload OWNER/NAME FOLDER` of huggingface_hub"}
-REMOVED_TYPES = {"per-expert": "use --to merged: no server reads adapters of experts"}
+REMOVED_TYPES = {
+    "per-expert": "use --to merged: no server reads adapters of experts",
+    "lora": "use --to gguf, or llama.cpp's convert_lora_to_gguf.py on the folder of --to peft",
+}
 LLAMA_SERVER = "llama-server"  # the only server that takes a type: that of its GGUF
 MODEL_TYPES = ("f16", "q8_0", "bf16", "f32")  # of a GGUF of the whole model
 TARGET_TYPES: dict[str, tuple[str, ...]] = {  # "" is the only form, or the usual one
     "peft": ("",),
     "merged": ("",),
-    "gguf": (*MODEL_TYPES, LORA),
+    "gguf": MODEL_TYPES,
     "ollama": MODEL_TYPES,
 }
 ENGINES = {  # target -> the name of its server in messages

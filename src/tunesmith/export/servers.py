@@ -200,8 +200,7 @@ def _refuse_unsupported(run: SourceRun, target: str) -> None:
 def _list_limits(run: SourceRun, target: str) -> Iterator[tuple[bool, str, str]]:
     """Yield (whether the run is beyond a limit, what the engine does not do, the way out)."""
     yield not run.loras, "needs an adapter, but this run trained all weights", MERGE_FIX
-    qlora_fix = f"{MERGE_FIX}; --base chooses the base"
-    yield bool(run.quantized_paths), "does not load the 4-bit base of this adapter", qlora_fix
+    yield bool(run.quantized_paths), "does not load the 4-bit base of this adapter", MERGE_FIX
     tokens = "does not support adapters with embeddings of added tokens"
     yield bool(run.token_rows), tokens, MERGE_FIX
     modules = f"does not support adapters with modules_to_save ({', '.join(run.modules):.80})"

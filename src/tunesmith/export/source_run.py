@@ -112,14 +112,14 @@ class SourceRun:
         """The run's measurements of its adapter at several scales."""
         return read_run_record(self.path).scales
 
-    def load_base_network(self, *, is_original: bool = False) -> Network:
+    def load_base_network(self) -> Network:
         """Return the stock base in fp32, with the initial embeddings of added tokens.
 
-        Matrices that were quantized in training are dequantized again, unless `is_original`.
+        Matrices that were quantized in training are dequantized again.
         """
         # on the CPU, whose memory is larger: in fp32 a model takes twice the memory of its training
         network = load_network(self.model_spec.path, torch.float32)
-        if self.quantized_paths and not is_original:
+        if self.quantized_paths:
             roundtrip_network(network)
         init_new_rows(network, self.renderer.tokenizer.new_tokens if self.token_rows else ())
         return network

@@ -4,7 +4,6 @@ import gc
 import importlib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from llama_cpp_build import install_llama_cpp
 from tiny_export import make_export_job, save_model, save_run
 from tiny_runs import train
 from tunesmith.export.export import export_run
-from tunesmith.export.gguf import ADAPTER_FILE, get_model_path, write_gguf, write_lora
+from tunesmith.export.gguf import get_model_path, write_gguf
 from tunesmith.export.parity import (
     MAX_NEW_TOKENS,
     ExportJob,
@@ -41,15 +40,11 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @contextmanager
-def engine(
-    llama_cpp: Any, file: Path, *, lora: Path | None = None, exact: bool = False
-) -> Iterator[Any]:
+def engine(llama_cpp: Any, file: Path, *, exact: bool = False) -> Iterator[Any]:
     """llama.cpp with a model; `exact` keeps keys and values in fp32."""
     cache = {"type_k": FLOAT32, "type_v": FLOAT32} if exact else {}
-    adapter = None if lora is None else str(lora)
     model = llama_cpp.Llama(
         str(file),
-        lora_path=adapter,
         n_ctx=1024,
         n_threads=1,
         n_threads_batch=1,
@@ -128,13 +123,6 @@ def test_every_family_is_the_same_network_there(
     assert result.same_prompts == result.rendered_prompts == 4
     assert result.same_answers == 4
     assert result.mean_kl < 1e-6
-    write_lora(job)
-    base = replace(job, run=replace(job.run, loras={}))
-    write_gguf(base)
-    with engine(
-        llama_cpp, get_model_path(base), lora=job.folder / ADAPTER_FILE, exact=True
-    ) as model:
-        assert parity(model, job, live).mean_kl < 1e-6
 
 
 # ---------------------------------------------------------------- the real model
@@ -186,16 +174,3 @@ def test_smollm2_answers_there_as_here(
     assert result.mean_kl < mean_kl
     assert result.top1_agreement > agreement
     assert result.same_answers >= 6
-
-
-def test_the_adapter_of_smollm2_beside_its_base(
-    llama_cpp: Any, real_run: Path, real_live: LiveOutputs, tmp_path: Path
-) -> None:
-    export_run(real_run, "gguf", kind="lora", out=tmp_path / "lora")
-    job = make_export_job(real_run, tmp_path / "base", "f16")
-    job = replace(job, run=replace(job.run, loras={}))
-    write_gguf(job)
-    with engine(llama_cpp, get_model_path(job), lora=tmp_path / "lora" / ADAPTER_FILE) as model:
-        result = parity(model, job, real_live)
-    assert result.mean_kl < 1e-4
-    assert result.same_answers >= 7

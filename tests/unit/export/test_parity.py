@@ -19,7 +19,7 @@ from tiny_runs import make_chat_row, make_tiny_recipe, write_rows
 from tunesmith.cli.views.results import render_export
 from tunesmith.core.errors import GateError, TunesmithError
 from tunesmith.export.export import TARGETS, export_run
-from tunesmith.export.gguf import ADAPTER_FILE, get_model_path
+from tunesmith.export.gguf import get_model_path
 from tunesmith.export.parity import (
     ExportJob,
     LiveOutputs,
@@ -70,7 +70,7 @@ def in_gguf(old: bytes, new: bytes) -> Callable[[ExportJob], None]:
     """The same number of bytes, in the header."""
 
     def change(job: ExportJob) -> None:
-        file = job.folder / ADAPTER_FILE if job.export_type == "lora" else get_model_path(job)
+        file = get_model_path(job)
         content = file.read_bytes()
         assert len(old) == len(new)
         assert content.count(old) == 1
@@ -113,14 +113,6 @@ def ends(job: ExportJob) -> None:
     assert start is not None
     name = "tokenizer.ggml.eos_token_id"
     in_gguf(number(name, end), number(name, start))(job)
-
-
-def half_alpha(job: ExportJob) -> None:
-    name, alpha = (
-        "adapter.lora.alpha",
-        read_gguf(job.folder / ADAPTER_FILE).require("adapter.lora.alpha", float),
-    )
-    in_gguf(number(name, alpha), number(name, alpha / 2))(job)
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -197,7 +189,6 @@ CORRUPTIONS: dict[str, tuple[str, str, Callable[[ExportJob], None], str]] = {
         in_gguf(b"You are small.", b"You are large."),
         BAD_TOKENS,
     ),
-    "lora: another scale": ("gguf", "lora", half_alpha, BAD_WEIGHTS),
     "ollama: another system message": (
         "ollama",
         "f16",

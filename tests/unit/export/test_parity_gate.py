@@ -54,15 +54,14 @@ def make_example(name: str, *, is_chat: bool) -> ParityExample:
     return ParityExample(document, (1, 2), messages, rendered_ids=(1, 2) if is_chat else ())
 
 
-def make_job(quantized: frozenset[str] = frozenset(), **changed: Any) -> ExportJob:
+def make_job() -> ExportJob:
     """A job whose run is only what the gate reads of it."""
     run: Any = SimpleNamespace(
         renderer=SimpleNamespace(end_ids=(7, 8), has_date=False),
         path=Path("runs/a"),
-        quantized_paths=quantized,
     )
     examples = [make_example("a", is_chat=True), make_example("b", is_chat=False)]
-    return ExportJob(run, Path("out"), "", examples, **changed)
+    return ExportJob(run, Path("out"), "", examples)
 
 
 def reload_as(*rendered: tuple[int, ...], end_ids: tuple[int, ...] = (7,)) -> ReloadedExport:
@@ -120,10 +119,7 @@ def test_the_positions_are_those_that_predict_a_target() -> None:
     assert make_example("a", is_chat=True).positions == [1, 2]
 
 
-def test_an_adapter_is_merged_into_dequantized_matrices_only_where_asked() -> None:
-    quantized = frozenset({"model.layers.0.q_proj"})
-    assert make_job(quantized).dequantized_paths == frozenset()
-    assert make_job(quantized, base="dequantized").dequantized_paths == quantized
+def test_prompts_are_rendered_where_there_are_messages() -> None:
     assert [example.document.id for example in make_job().chat_examples] == ["a"]
 
 
@@ -271,18 +267,14 @@ def test_answers_end_as_they_were_trained_to(end_ids: tuple[int, ...], is_fine: 
 
 
 @pytest.mark.parametrize(
-    ("changed", "quantized", "base", "fix"),
+    ("changed", "fix"),
     [
-        ({"mean_kl": 1.0}, False, "original", "rounding weights to 16 bits loses small changes"),
-        ({"mean_kl": 1.0, "same_prompts": 0}, False, "original", "please report this"),
-        ({"mean_kl": 1.0}, True, "original", "use --base dequantized"),
-        ({"mean_kl": 1.0}, True, "dequantized", "rounding weights to 16 bits loses small changes"),
+        ({"mean_kl": 1.0}, "rounding weights to 16 bits loses small changes"),
+        ({"mean_kl": 1.0, "same_prompts": 0}, "please report this"),
     ],
 )
-def test_the_fix_is_that_of_the_problem(
-    changed: dict[str, Any], quantized: bool, base: Any, fix: str
-) -> None:
-    job = make_job(frozenset({"a"} if quantized else ()), base=base)
+def test_the_fix_is_that_of_the_problem(changed: dict[str, Any], fix: str) -> None:
+    job = make_job()
     with pytest.raises(GateError) as caught:
         refuse_mismatch(TOLERANCE, replace(FINE, **changed), job, reload_as())
     assert caught.value.fix.startswith(f"nothing was written; {fix}")

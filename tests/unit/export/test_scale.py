@@ -77,9 +77,7 @@ def test_peft_says_what_our_evaluation_says(
     assert (Path(made.path) / weights).read_bytes() == (run / "adapter" / weights).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("target", "kind"), [("merged", None), ("gguf", "f32"), ("gguf", "lora"), ("ollama", "f16")]
-)
+@pytest.mark.parametrize(("target", "kind"), [("merged", None), ("gguf", "f32"), ("ollama", "f16")])
 def test_every_target_is_the_run_at_that_scale(
     target: str, kind: str | None, finished: Path, tmp_path: Path
 ) -> None:

@@ -176,8 +176,9 @@ def test_the_verb_takes_several_runs_for_servers_alone(
     )
     assert "no default output" in run_verb(run, run, "--to", "vllm")["error"]["message"]
     assert "vllm" in run_verb(run, "--to", "vlm")["error"]["fix"]
-    base = run_verb(run, "--to", "vllm", "--base", "original")["error"]["message"]
-    assert base == "--base has no effect with --to vllm"
+    base = run_verb(run, "--to", "merged", "--base", "original")["error"]
+    assert base["message"] == "--base is no longer a flag"
+    assert "the weights that it was trained on" in base["fix"]
     assert "hf upload" in run_verb(run, "--to", "hub")["error"]["fix"]
     output = run_verb(run, "--to", "sglang", "--out", str(tmp_path / "out"))
     assert output["runs"][0]["name"] == "run"

@@ -22,15 +22,12 @@ from tunesmith.core.sealed_json import read_sealed_json
 from tunesmith.export.export import (
     TARGETS,
     ExportResult,
-    _refuse_unsupported,
     export_run,
 )
 from tunesmith.export.hf import write_merged_folder
 from tunesmith.export.parity import ExportJob, Tolerance, compute_live_outputs
 from tunesmith.export.request import TARGET_TYPES
-from tunesmith.export.source_run import open_source_run
 from tunesmith.model.causal_lm import compute_stock_logits, load_network
-from tunesmith.model.experts import ExpertLoraTensors
 from tunesmith.model.gguf.reader import read_gguf
 from tunesmith.session import inputs, planner
 
@@ -58,7 +55,6 @@ FILES = {
     "peft": {"adapter_config.json", "adapter_model.safetensors"},
     "merged": {"config.json", "model.safetensors"},
     **{f"gguf-{kind}": {f"model-{kind}.gguf"} for kind in ("f16", "q8_0", "bf16", "f32")},
-    "gguf-lora": {"adapter.gguf"},
     "ollama-q8_0": {"model-q8_0.gguf", "Modelfile"},
 }
 SERVING = {
@@ -92,7 +88,7 @@ def test_what_is_in_each_folder(name: str, exports: dict[str, ExportResult]) -> 
 
 def test_how_near_each_is(exports: dict[str, ExportResult]) -> None:
     kl = {name: made.parity.mean_kl for name, made in exports.items()}
-    assert max(kl["peft"], kl["gguf-f32"], kl["gguf-lora"]) < 1e-9
+    assert max(kl["peft"], kl["gguf-f32"]) < 1e-9
     assert kl["gguf-f32"] < kl["gguf-f16"] < kl["merged"] == kl["gguf-bf16"] < kl["gguf-q8_0"]
     assert kl["ollama-q8_0"] == kl["gguf-q8_0"]
     assert all(made.parity.trained_kl > 100 * kl[name] for name, made in exports.items())
@@ -159,19 +155,7 @@ def test_dora_is_in_the_weights_or_beside_them(dora_run: Path, tmp_path: Path) -
     )
     assert peft.parity.mean_kl < 1e-9 < merged.parity.mean_kl
     assert gguf.parity.trained_kl > 100 * max(merged.parity.mean_kl, gguf.parity.mean_kl)
-    with pytest.raises(InputError, match="cannot hold DoRA magnitudes") as refusal:
-        export_run(dora_run, "gguf", kind="lora")
-    assert "merged" in refusal.value.fix
     assert not (dora_run / "export").exists()
-
-
-def test_no_gguf_adapter_holds_experts(finished: Path) -> None:
-    run = open_source_run(finished)
-    loras = {"experts": ExpertLoraTensors(torch.ones(2, 1, 3), torch.ones(2, 4, 1), 1.0)}
-    gguf = TARGETS["gguf"]["lora"]
-    _refuse_unsupported(run, gguf)
-    with pytest.raises(InputError, match="cannot hold adapters of experts"):
-        _refuse_unsupported(dataclasses.replace(run, loras=loras), gguf)
 
 
 def test_the_gguf_says_what_it_is(exports: dict[str, ExportResult]) -> None:
@@ -179,8 +163,6 @@ def test_the_gguf_says_what_it_is(exports: dict[str, ExportResult]) -> None:
     assert metadata["general.type"] == "model"
     assert metadata["general.file_type"] == 7
     assert metadata["general.name"] == "tiny run"
-    adapter = read_gguf(Path(exports["gguf-lora"].path) / "adapter.gguf").metadata
-    assert adapter["general.base_model.0.name"].endswith("tiny")
 
 
 def test_a_manifest_names_the_origin(exports: dict[str, ExportResult]) -> None:
@@ -192,7 +174,7 @@ def test_a_manifest_names_the_origin(exports: dict[str, ExportResult]) -> None:
 
 def test_by_default_it_goes_into_the_run_folder(run_copy: Path) -> None:
     assert Path(export_run(run_copy, "peft").path) == run_copy / "export" / "peft"
-    assert Path(export_run(run_copy, "gguf", kind="lora").path) == run_copy / "export" / "gguf-lora"
+    assert Path(export_run(run_copy, "gguf", kind="f32").path) == run_copy / "export" / "gguf-f32"
     with pytest.raises(InputError, match="the output folder already exists") as refusal:
         export_run(run_copy, "peft")
     assert "--out" in refusal.value.fix
@@ -262,11 +244,11 @@ def test_no_room_on_the_disk_is_said_first(
         (
             "gguf",
             "q4_k_m",
-            "gguf has no type 'q4_k_m'\n  fix: use one of f16, q8_0, bf16, f32, lora",
+            "gguf has no type 'q4_k_m'\n  fix: use one of f16, q8_0, bf16, f32",
         ),
         ("merged", "f16", "merged has no type 'f16'\n  fix: leave --type out"),
         ("peft", "per-expert", "peft has no type 'per-expert'\n  fix: use --to merged"),
-        ("ollama", "lora", "ollama has no type 'lora'"),
+        ("gguf", "lora", "gguf has no type 'lora'\n  fix: use --to gguf, or llama.cpp's"),
     ],
 )
 def test_unknown_words(finished: Path, target: str, kind: str | None, message: str) -> None:
@@ -357,9 +339,8 @@ def test_a_fully_trained_model(fully_trained: Path, tmp_path: Path) -> None:
         trained = (fully_trained / "model" / name).read_bytes()
         assert (Path(merged.path) / name).read_bytes()[-1000:] == trained[-1000:]
     assert export_run(fully_trained, "gguf", out=tmp_path / "gguf").parity.same_answers == 4
-    for target, kind in (("peft", None), ("gguf", "lora")):
-        with pytest.raises(InputError, match="trained all weights: there is no adapter"):
-            export_run(fully_trained, target, kind=kind)
+    with pytest.raises(InputError, match="trained all weights: there is no adapter"):
+        export_run(fully_trained, "peft")
 
 
 def test_the_run_is_as_it_was(finished: Path, exports: dict[str, ExportResult]) -> None:
@@ -372,7 +353,7 @@ def test_the_run_is_as_it_was(finished: Path, exports: dict[str, ExportResult]) 
 @pytest.mark.promise
 @pytest.mark.parametrize("family", ["llama", pytest.param("llama-wide", marks=pytest.mark.slow)])
 def test_new_tokens_are_in_every_file(family: str, tmp_path: Path) -> None:
-    """Seven of them, for five spare rows; a GGUF holds no adapter of rows."""
+    """Seven of them, for five spare rows."""
     tokens = [f"[t{n}]" for n in range(7)]
     rows = [make_chat_row(f"{' '.join(tokens)} {n}", f"[t{n % 7}]{n}") for n in range(12)]
     data = {
@@ -386,5 +367,3 @@ def test_new_tokens_are_in_every_file(family: str, tmp_path: Path) -> None:
         parity = export_run(path, target, kind=kind, out=tmp_path / f"{target}").parity
         assert (parity.same_prompts, parity.rendered_prompts) == (4, 4), target
         assert parity.mean_kl < (1e-2 if target == "merged" else 1e-6), target
-    with pytest.raises(InputError, match="cannot hold the embeddings of added tokens"):
-        export_run(path, "gguf", kind="lora", out=tmp_path / "lora")

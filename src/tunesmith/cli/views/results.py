@@ -266,11 +266,6 @@ def render_export(export: ExportResult) -> RenderableType:
     parts: list[RenderableType] = [table]
     if export.scale != 1:
         parts.append(f"adapter scale {export.scale:g}")
-    if export.base.mean_kl:
-        candidates = ", ".join(f"{base} {kl:.1e}" for base, kl in export.base.mean_kl.items())
-        parts.append(
-            f"merged into the {export.base.base} weights; mean KL to the run, by base: {candidates}"
-        )
     parts.append(
         f"{parity.same_prompts} of {parity.rendered_prompts} prompts render to the same tokens, "
         f"{parity.same_answers} of {parity.prompts} greedy answers are identical"

@@ -1,10 +1,7 @@
 """A GGUF that we write, read by others: the gguf package, transformers, and our own converter."""
 
-from dataclasses import replace
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,12 +9,9 @@ from safetensors.torch import load_file
 from tiny_export import make_export_job, save_model, save_run
 from tunesmith.core.errors import GateError
 from tunesmith.export.gguf import (
-    ADAPTER_FILE,
     get_model_path,
-    read_adapter,
     reload_gguf,
     write_gguf,
-    write_lora,
 )
 from tunesmith.export.parity import ExportJob
 from tunesmith.model.gguf.convert import convert
@@ -69,41 +63,6 @@ def test_our_converter_makes_a_model_folder_of_it(job: ExportJob, tmp_path: Path
         "vocab_size",
     ):
         assert again[key] == base[key], key
-
-
-def test_the_adapter_alone_is_the_same_delta(job: ExportJob) -> None:
-    write_lora(job)
-    loras = read_adapter(job.folder / ADAPTER_FILE, job.run.model_spec)
-    assert loras.keys() == job.run.loras.keys()
-    for path, lora in job.run.loras.items():
-        nothing = torch.zeros(len(lora.b_OR), lora.a_RI.shape[1])
-        assert torch.allclose(
-            loras[path].merge_into(nothing), lora.merge_into(nothing), rtol=1e-6, atol=0
-        ), path
-
-
-def test_the_adapter_as_llama_cpp_applies_it(job: ExportJob) -> None:
-    """By the rule of llama.cpp: W x + alpha / rank * B (A x), on the tensors of the file as they
-    lie there."""
-    write_gguf(job)
-    write_lora(job)
-    adapter, merged = (
-        gguf.GGUFReader(file) for file in (job.folder / ADAPTER_FILE, get_model_path(job))
-    )
-    alpha = float(adapter.fields["adapter.lora.alpha"].contents())
-    assert [adapter.fields[f"{k}.type"].contents() for k in ("general", "adapter")] == [
-        "adapter",
-        "lora",
-    ]
-    plain = replace(job, run=replace(job.run, loras={}), export_type="f16")
-    write_gguf(plain)
-    base = {tensor.name: tensor.data for tensor in gguf.GGUFReader(get_model_path(plain)).tensors}
-    halves = {tensor.name: tensor.data for tensor in adapter.tensors}
-    for tensor in merged.tensors:
-        if (a := halves.get(f"{tensor.name}.lora_a")) is not None:
-            b = halves[f"{tensor.name}.lora_b"]
-            again = base[tensor.name].astype(np.float32) + alpha / len(a) * (b @ a)
-            np.testing.assert_allclose(again, tensor.data, atol=2e-3, err_msg=tensor.name)
 
 
 def test_types_of_the_tensors(finished: Path, tmp_path: Path) -> None:
