@@ -36,13 +36,14 @@ from tunesmith.data.formats.parse import (
     rename_columns,
 )
 from tunesmith.data.formats.prompt_templates import PromptFormatter, make_prompt_formatter
+from tunesmith.data.formats.tables import find_table
 from tunesmith.data.hashing import compute_shape, hash_example
 from tunesmith.data.readers.invalid_row import InvalidRow, Reason, RejectedRows
 from tunesmith.data.readers.row_index import MAX_ROW_BYTES, MAX_TURNS_BYTES
 from tunesmith.data.readers.sources import Source, open_source
 from tunesmith.data.readers.text_folder import TextFolder
 from tunesmith.data.truncation import OverlongPolicy, PreparedRow, apply_max_length, scale_weights
-from tunesmith.recipe.fields import DataSource
+from tunesmith.recipe.fields import DataSource, PromptForm
 
 if TYPE_CHECKING:
     from tunesmith.data.chat_template.renderer import RenderedRow, Renderer
@@ -53,9 +54,10 @@ MAX_SHAPES = 2**16 - 1
 PAIR_TOO_LONG = "one side of the pair is longer than max_length"
 NO_VIOLATION = "the base model's answer breaks no constraint"
 NOT_RENDERED: Reason = "cannot be rendered"
-RowKind = Literal["answer", "pair", "labelled"]
+RowKind = Literal["answer", "text", "pair", "labelled"]
 ROW_PARSERS: dict[RowKind, Callable[[Row, str, bool], Example]] = {
     "answer": parse_row,
+    "text": parse_row,  # of continued pretraining
     "pair": parse_pair,
     "labelled": parse_labelled,
 }
@@ -75,6 +77,8 @@ class DataSourceReader:
     constraint_set: ConstraintSet
     task: str = ""
     prompt_formatter: PromptFormatter | None = None  # for rows of columns without a prompt
+    is_described: bool = True  # the recipe says what the rows are; else their keys do
+    has_classes: bool = False  # a table whose answers are labels
 
     @property
     def has_pairs(self) -> bool:
@@ -374,7 +378,7 @@ def _build_part(
     constraint_set: ConstraintSet,
 ) -> DataSourceReader:
     """Decide how the rows of a file are parsed. Raises InputError for an unknown format."""
-    has_pairs = row_kind != "answer"
+    has_pairs = row_kind in ("pair", "labelled")
     format = file.format
     reason = "set in the recipe"
     prompt_formatter = None
@@ -382,7 +386,17 @@ def _build_part(
     if first_rows and file.columns:
         check_columns(file.columns, first_rows, format, format_path(source.path))
         first_rows = [rename_columns(row, file.columns) for row in first_rows]
-    if file.prompts:
+    columns: Mapping[str, str] = file.columns
+    table = None
+    if row_kind == "answer" and format == "auto" and not file.prompts:
+        table = find_table(first_rows, has_template)
+    if table:
+        forms = (PromptForm(prompt=table.prompt),)
+        prompt_formatter = PromptFormatter(forms, has_template, answer_column=table.answer)
+        columns = table.map_columns(file.columns)
+        format = "completion"
+        reason = table.reason
+    elif file.prompts:
         prompt_formatter, reason = make_prompt_formatter(file, first_rows, has_template)
         format = "completion"
     elif first_rows and format == "auto":
@@ -396,12 +410,14 @@ def _build_part(
         source=source,
         format=format,
         format_reason=reason,
-        columns=file.columns,
+        columns=columns,
         weight=file.weight,
         row_kind=row_kind,
         constraint_set=constraint_set,
         task=file.name,
         prompt_formatter=prompt_formatter,
+        is_described=bool(file.columns or file.prompts) or file.format != "auto",
+        has_classes=table is not None and table.has_classes,
     )
 
 

@@ -37,8 +37,12 @@ def refuse_unusable_rows(
     *,
     skip_invalid: bool,
 ) -> None:
-    """Raise InputError for rows that no run uses: leaked test rows, invalid ones (see below)."""
+    """Raise InputError for rows that no run uses: leaked test rows, invalid ones (see below), and
+    tables with one label, or with columns that nothing reads."""
     refuse_test_leakage(datasets)
+    for finding in reports["data"].findings:
+        if finding.check in ("unused", "one_label") and finding.level == "error":
+            raise InputError(finding.message, where=f"data: {finding.rows[0]}", fix=finding.fix)
     refuse_invalid_rows(datasets, reports, path, skip_invalid=skip_invalid)
 
 

@@ -102,7 +102,7 @@ def _open_rows(
 def get_row_kind(recipe: Recipe) -> RowKind:
     """Return what the rows of a recipe hold."""
     if recipe.stage != "preference":
-        return "answer"
+        return "text" if recipe.stage == "cpt" else "answer"
     return "labelled" if recipe.loss.name == "kto" else "pair"
 
 

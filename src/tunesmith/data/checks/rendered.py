@@ -35,6 +35,7 @@ EXPECTED_NOTES = (STRUCTURAL, PER_TURN, BOUNDARY)
 READABLE_SUFFIXES = {*CONTAINERS, ".gz", ".parquet"}
 SHOWN_KINDS = 3
 MAX_NAMED_KEYS = 5
+MIN_TABLE_ROWS = 20  # a table of fewer may be a trial
 LENGTH_CUTS = (256, 512, 1024, 2048, 4096, 8192, 16384)  # usual values of max_length
 
 
@@ -226,6 +227,8 @@ def check_unused_keys(context: CheckContext) -> Iterator[Finding]:
         for key in find_unused_keys(
             row_data, dataset.get_part(row).format, has_labels=dataset.has_labels
         ):
+            if key == "label" and dataset.get_part(row).has_classes:
+                continue  # the number of a class whose name is the answer
             keys.setdefault(key, dataset.get_id(row))
             if key == "label" and row_data.data[key] is False:
                 negative_ids.append(dataset.get_id(row))
@@ -247,7 +250,43 @@ def check_unused_keys(context: CheckContext) -> Iterator[Finding]:
         remaining = len(keys) - MAX_NAMED_KEYS
         more = f" and {format_count(remaining, 'more key')}" if remaining > 0 else ""
         message = f"not used: {key_names}{more}"
-        yield Finding("unused", "info", message, len(keys), tuple(keys.values())[:MAX_NAMED_ROWS])
+        fix = _suggest_columns(context, next(iter(keys)))
+        rows = tuple(keys.values())[:MAX_NAMED_ROWS]
+        yield Finding("unused", "error" if fix else "info", message, len(keys), rows, fix)
+
+
+def _suggest_columns(context: CheckContext, first_key: str) -> str:
+    """Return how a recipe says that other columns are not needed; "" where it need not.
+
+    A conversation holds its whole task, so other keys beside it are about the row."""
+    part = context.dataset.parts[0]
+    is_table = part.row_kind == "answer" and part.format in ("completion", "alpaca", "text")
+    if context.role != "data" or part.is_described or not is_table:
+        return ""
+    names = [*FORMATS[part.format].keys]
+    if part.prompt_formatter:
+        names = [*part.prompt_formatter.columns, part.prompt_formatter.answer_column]
+    columns = ", ".join(f"{name}: {name}" for name in names)
+    fix = f"if it is not needed, name the columns that are: `columns: {{{columns}}}`"
+    if part.format == "text":
+        fix += f"; if it is the answer, `columns: {{{columns}, label: {first_key:.40}}}`"
+    return fix
+
+
+def check_single_label(context: CheckContext) -> Iterator[Finding]:
+    """A table with one label in all rows, of which nothing can be learned."""
+    dataset = context.dataset
+    is_table = all(part.has_classes for part in dataset.parts)
+    if context.role != "data" or not is_table or len(dataset) < MIN_TABLE_ROWS:
+        return
+    labels: set[str] = set()
+    for row in range(len(dataset)):
+        labels.add(get_answer(dataset.read_example(row)))
+        if len(labels) > 1:
+            return
+    message = f"all {len(dataset):,} rows have the label {mask_secrets(*labels)!r:.60}"
+    fix = "add rows of other labels; if the file is sorted by label, raise max_examples"
+    yield Finding("one_label", "error", message, len(dataset), (dataset.get_id(0),), fix)
 
 
 def _explain_violation(answer: str, validator: Validator) -> str:

@@ -173,4 +173,5 @@ DATASET_CHECKS = {
     "lopsided": labels.check_lopsided_fields,
     "label_in_prompt": labels.check_label_in_prompt,
     "unused": rendered.check_unused_keys,
+    "one_label": rendered.check_single_label,
 }

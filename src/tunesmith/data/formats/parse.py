@@ -31,6 +31,8 @@ SERVED_KEY = "served"  # which model answered, in a row of `tunesmith serve`
 CHOICES_KEY = "choices"
 LABEL_KEY = "label"  # of a single answer, with loss: kto
 
+ID_KEYS = {"id", "idx", "index", "Unnamed: 0", "__index_level_0__"}  # of the hub, of pandas
+
 PROMPT_KEYS = ("prompt", "conversations", "messages")  # the context of a preference row
 _TOOL_KEYS = {"tools", "functions"}
 _MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
@@ -38,6 +40,15 @@ _MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 # Column names of other tools, for a hint about `columns:`.
 _PROMPT_COLUMNS = ("prompt", "question", "query", "instruction", "input", "user")
 _COMPLETION_COLUMNS = ("completion", "answer", "response", "output", "target", "assistant", "label")
+
+# Columns of tables (tables.py), in lower case. The first column of classes is the answer.
+TEXT_COLUMNS = (
+    "text", "sentence", "review", "comment", "tweet", "document", "headline", "title", "utterance",
+    "premise", "hypothesis", "question", "answer", "passage", "sentence1", "sentence2",
+    "question1", "question2", "text1", "text2", "text_a", "text_b",
+)  # fmt: skip
+CLASS_COLUMNS = ("label_text", "label_name", "label", "class", "category", "sentiment")
+CLASS_COLUMNS += ("emotion", "intent", "topic", "rating")
 
 _CHOSEN_ONLY_NOTE = "stage sft trains on the chosen answers only, not on the rejected ones"
 _TURNS_NOTE = (
@@ -95,8 +106,8 @@ def get_note(format: str, has_pairs: bool) -> str:
 
 
 def find_unused_keys(row: Row, format: str, *, has_labels: bool = False) -> list[str]:
-    """Return the keys of a row that nothing reads. An `id` may show groups (row_groups.py)."""
-    used_keys = FORMATS[format].used_keys | {"id", NEGATIVE_KEY, REVIEW_KEY, SERVED_KEY}
+    """Return the keys of a row that nothing reads; an id is none."""
+    used_keys = FORMATS[format].used_keys | ID_KEYS | {NEGATIVE_KEY, REVIEW_KEY, SERVED_KEY}
     used_keys |= {CHOICES_KEY, LABEL_KEY} if has_labels else {CHOICES_KEY}
     return [key for key in row.data if key not in used_keys]
 
@@ -161,7 +172,7 @@ def check_columns(
     """Raise InputError for a name that no format reads, or a column that no first row has."""
     formats = FORMATS.values() if format == "auto" else [FORMATS[format]]
     format_keys = sorted({key for row_format in formats for key in row_format.used_keys})
-    format_keys.append(LABEL_KEY)
+    format_keys += [*TEXT_COLUMNS, *CLASS_COLUMNS] if format == "auto" else [LABEL_KEY]
     file_columns = list(dict.fromkeys(key for row in first_rows for key in row.data))
     for name, column in columns.items():
         if name not in format_keys:

@@ -53,6 +53,7 @@ class PromptFormatter:
     forms: tuple[PromptForm, ...]
     has_template: bool
     examples: FewShotExamples | None = None  # None: prompts have no examples
+    answer_column: str = "completion"  # its name in the file
 
     @property
     def max_shots(self) -> int:
@@ -84,7 +85,17 @@ class PromptFormatter:
         turns.append(_fill_prompt(form, row))
         columns = set(self.columns)
         other_values = {key: value for key, value in row.data.items() if key not in columns}
+        other_values["completion"] = self._read_answer(row)
         return Row(row.id, {**other_values, "prompt": self._build_prompt(turns)})
+
+    def _read_answer(self, row: Row) -> Any:
+        """Return the answer, a number as text. Raises InvalidRow if there is none."""
+        answer: Any = row.data.get("completion")
+        if answer is None or (isinstance(answer, str) and not answer.strip()):
+            message = f"`{self.answer_column}` is empty"
+            fix = "write the answer, or remove the row"
+            raise InvalidRow("empty answer", message, where=row.id, fix=fix)
+        return _to_text(answer) if isinstance(answer, (int, float)) else answer
 
     def _build_prompt(self, turns: Sequence[str]) -> str | list[Json]:
         """Join question, answer, question, answer, ..., question."""

@@ -24,7 +24,7 @@ import stat
 import tempfile
 import weakref
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -238,9 +238,33 @@ def _iter_rows(file: Any, where: str) -> Iterator[Json]:
         duplicate = next(name for name in names if names.count(name) > 1)
         message = f"two columns have the name {duplicate!r}"
         raise InputError(message, where=where, fix="rename one of them")
+    names_by_column = _read_class_names(file.schema_arrow.metadata)
     for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=names, use_threads=False):
         for row in batch.to_pylist():
+            for name, class_names in names_by_column.items():
+                row[name] = _name_class(row.get(name), class_names)
             yield {name: _to_json_value(value) for name, value in row.items()}
+
+
+def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return column -> names of its classes, as `datasets` writes them into a schema; {} if the
+    metadata are not valid."""
+    names: dict[str, list[str]] = {}
+    try:
+        features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        for column, feature in features.items():
+            if feature["_type"] == "ClassLabel":
+                names[column] = list(map(str, feature["names"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    return names
+
+
+def _name_class(value: Any, class_names: Sequence[str]) -> Any:
+    """Return the name of a class; None for -1, by which the hub marks a row without a label."""
+    if not isinstance(value, int) or value >= len(class_names):
+        return value
+    return class_names[value] if value >= 0 else None
 
 
 def _has_binary(kind: Any) -> bool:
