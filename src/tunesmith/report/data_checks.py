@@ -49,7 +49,7 @@ CHECK_GROUPS = (
     CheckGroup("Markers, placeholders and invisible characters", (
         "chat_markers", "placeholders", "invisible_chars",
     ), True),
-    CheckGroup("Balance of labels and fields", ("classes", "lopsided"), True),
+    CheckGroup("Balance of labels and fields", ("classes", "one_label", "lopsided"), True),
     CheckGroup("Labels in the prompt", ("label_in_prompt",), True),
     CheckGroup("Lengths of answers", ("lengths", "outliers", "length_bias"), True),
 )  # fmt: skip

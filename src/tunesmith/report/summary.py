@@ -19,7 +19,7 @@ from tunesmith.core.formatting import format_bytes, format_count, format_duratio
 from tunesmith.core.types import Comparison, RunRecord
 from tunesmith.evaluate.goals import MEAN_OF_TASKS
 from tunesmith.evaluate.results import describe_truncation
-from tunesmith.evaluate.run_verdict import judge_unfinished, renew_verdict
+from tunesmith.evaluate.run_verdict import FORGETTING_UNKNOWN, judge_unfinished, renew_verdict
 from tunesmith.evaluate.scale_choice import describe_bargain
 from tunesmith.evaluate.statistics import (
     NO_DIFFERENCE,
@@ -117,6 +117,7 @@ def build_summary(run: ReportData) -> Summary:
     general = tuple(claim for claim in claims if claim.comparison.task == GENERAL_TASK)
     task_claims = [claim for claim in claims if claim not in general]
     changes = _sort_claims(record, task_claims)
+    is_explained = bool(general) or FORGETTING_UNKNOWN in verdict.reasons
     bargain = describe_bargain(record.scales)
     sentence = f"On eval_data, {bargain}; not yet checked on the graded metrics." if bargain else ""
     return Summary(
@@ -127,7 +128,7 @@ def build_summary(run: ReportData) -> Summary:
         changes=changes,
         evidence=tuple(_list_evidence(run, record, claims)),
         general=general,
-        costs=tuple(_list_costs(record, has_general=bool(general))),
+        costs=tuple(_list_costs(record, is_explained=is_explained)),
         cautions=cautions,
     )
 
@@ -173,8 +174,8 @@ def _list_evidence(run: ReportData, record: RunRecord, claims: Sequence[Claim]) 
         "variation."
     )
     passed = sum(check.level == "ok" for check in record.preflight)
-    total = len(record.preflight)
-    lines.append(f"{passed} of {total} preflight checks passed on the real model and data.")
+    total = sum(check.num_checked != 0 for check in record.preflight)
+    lines.append(f"{passed} of {total} applicable preflight checks passed on this model and data.")
     return lines
 
 
@@ -197,10 +198,8 @@ def _describe_significance(claims: Sequence[Claim]) -> str:
     )
 
 
-def _list_costs(record: RunRecord, *, has_general: bool) -> list[str]:
-    lines: list[str] = []
-    if not has_general:
-        lines.append("Forgetting was not measured: retention_data is none.")
+def _list_costs(record: RunRecord, *, is_explained: bool) -> list[str]:
+    lines = [] if is_explained else ["Forgetting was not measured: retention_data is none."]
     duration = format_duration(record.train_seconds)
     steps = f"{record.steps:,} steps, {record.tokens:,} tokens"
     line = f"{duration} of training: {steps}."
@@ -209,9 +208,10 @@ def _list_costs(record: RunRecord, *, has_general: bool) -> list[str]:
         line = f"{duration} of training: {steps}; {total} with loading, preflight and evaluation."
     lines.append(line)
     machine = record.plan.machine
-    peak = format_bytes(record.peak_bytes)
     cores = format_count(machine.cores, "core")
-    lines.append(f"Peak memory {peak}, on {machine.device_name} ({cores}).")
+    lines.append(
+        f"Peak memory {format_bytes(record.peak_bytes)}, on {machine.device_name} ({cores})."
+    )
     if (weights := find_weights_file(record)) is not None:
         size = format_bytes(weights.stat().st_size)
         lines.append(f"{size} on disk: {weights.parent.name}/{weights.name}.")

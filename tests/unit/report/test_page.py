@@ -93,6 +93,17 @@ def summarize(tmp_path: Path, *comparisons: Comparison) -> Summary:
     return build_summary(load_report_data(fake_runs.write_run(tmp_path / "run", record=record)))
 
 
+def test_a_check_of_nothing_is_no_failure_and_forgetting_is_said_once(tmp_path: Path) -> None:
+    empty = CheckResult("packing", "warn", "no pack of two rows", num_checked=0)
+    preflight = (*fake_runs.make_record().preflight, empty)
+    record = fake_runs.make_record(comparisons=(), preflight=preflight)
+    summary = build_summary(load_report_data(fake_runs.write_run(tmp_path / "run", record=record)))
+    counts = "1 of 1 applicable preflight checks passed"
+    assert any(line.startswith(counts) for line in summary.evidence)
+    said = [*summary.costs, *summary.verdict.reasons]
+    assert sum("orgetting was not measured" in line for line in said) == 1
+
+
 # ---------------------------------------------------------------- the verdict
 
 
