@@ -21,7 +21,6 @@ from pathlib import Path
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.model.hub.families import (
-    TEXT_FAMILIES,
     TEXT_PREFIX,
     find_family,
     find_text_type,
@@ -46,22 +45,6 @@ PREFIXES = (
 # Types of text classes whose checkpoints may have these names: transformers saves them so when it
 # has loaded them from the whole model.
 PREFIXED_TEXT_TYPES = {"qwen3_5_text", "qwen3_5_moe_text"}
-GRANITE_WORDS = (
-    (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
-    (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
-    (".block_sparse_moe.router.layer.weight", ".block_sparse_moe.router.weight"),
-)
-# Words in files -> those of the text class, by its model type. Derived types have renamings.
-WORDS = {
-    "gpt_neox": (("embed_out.", "lm_head."),),
-    "granitemoehybrid": GRANITE_WORDS,
-    "lfm3": ((".self_attn.gate_proj.", ".self_attn.g_proj."),),
-    "nemotron_h": (("backbone.", "model."),),
-    "olmo_hybrid": (
-        (".attention_layer_norm.", ".input_layernorm."),
-        (".feedforward_layer_norm.", ".post_attention_layernorm."),
-    ),
-}
 # One matrix of one expert. `w1` and `w3` are the gate and the other input, `w2` the output.
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w3|w2)\.weight")
 INPUT_PAIRS = (("gate_proj", "up_proj"), ("w1", "w3"))
@@ -152,7 +135,7 @@ class TensorNaming:
     # the last layers, which take keys and values of others; files of Gemma 4 have weights for them
     num_sharing_layers: int = 0
     is_transposed: bool = False
-    renamings: tuple[tuple[str, str], ...] = ()  # of derived families, pattern and replacement
+    renamings: tuple[tuple[str, str], ...] = ()  # of transformers, pattern and replacement
 
     @property
     def has_transposed_stacks(self) -> bool:
@@ -173,8 +156,6 @@ class TensorNaming:
             return None
         elif self.text_type in PREFIXED_TEXT_TYPES and name.startswith(TEXT_PREFIX):
             name = f"model.{name.removeprefix(TEXT_PREFIX)}"
-        for word, replacement in WORDS.get(self.text_type, ()):
-            name = name.replace(word, replacement)
         if self.text_type == "gpt2" and not name.startswith(("transformer.", "lm_head.")):
             name = f"transformer.{name}"  # files of the decoder alone, as its first ones are
         if INDEXER in name:
@@ -201,11 +182,15 @@ def read_naming(config: Json) -> TensorNaming:
     sizes = {key: text[key] if type(text.get(key)) is int else None for key in keys}
     text_type = find_text_type(config)
     renamings: list[tuple[str, str]] = []
-    if (model_type := str(config.get("model_type"))) not in TEXT_FAMILIES:
+    model_type = str(config.get("model_type"))
+    family = find_family(model_type)
+    if family is None or not family.is_uniform:
         from tunesmith.model.hub.transformers_families import find_renamings
 
         classes = config.get("architectures")
-        names = map(str, classes if isinstance(classes, list) else [])
+        names = [*map(str, classes if isinstance(classes, list) else [])]
+        if family is not None:
+            names.append(family.causal_class)
         renamings = find_renamings(*names, model_type, text_type)
     num_sharing_layers = sizes["num_kv_shared_layers"] if text_type in SHARING_TYPES else 0
     return TensorNaming(
