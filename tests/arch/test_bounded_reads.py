@@ -32,7 +32,7 @@ OWN = {  # of the package, the machine, or what this run has written
     "data/chat_template/template.py": 1,
     "export/ollama.py": 1,
     "model/kernels/build.py": 4,
-    "recipe/importers/convert.py": 1,
+    "recipe/importers/draft.py": 1,
     "recipe/schema.py": 1,
     "report/page.py": 2,
     "serve/feedback.py": 1,

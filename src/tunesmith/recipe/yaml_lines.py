@@ -110,7 +110,7 @@ def load_yaml(text: str) -> Any:
 
 def read_yaml(path: Path) -> YamlMapping:
     """Read a file as one mapping. Raises InputError with file:line:column if it is not one."""
-    text = _read_text(path)
+    text = read_text(path)
     try:
         loader = _RecipeLoader(text)
         node = loader.get_single_node()
@@ -134,7 +134,7 @@ def read_yaml(path: Path) -> YamlMapping:
     )
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     if not os.path.exists(path):
         fix = "check the path, or write one with `tunesmith init`"
         siblings = os.listdir(path.parent) if path.parent.is_dir() else []

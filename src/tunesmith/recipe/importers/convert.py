@@ -1,6 +1,6 @@
 """Translating a config of another tool into a recipe.
 
-In: a YAML file of LLaMA-Factory, Axolotl or TRL, and the future path of the recipe, to which its
+In: a config of one of the tools (read_config.py), and the future path of the recipe, to which its
 paths are relative. Out: a Translation with the values of a valid recipe. keys.yaml says what each
 key becomes. Keys missing in the config are left to our rules, not to the other tool's defaults.
 Left out: writing the recipe (template.py)."""
@@ -8,60 +8,26 @@ Left out: writing the recipe (template.py)."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.recipe.importers import data_sets, key_map
-from tunesmith.recipe.importers.draft import RecipeDraft, UntranslatedKey
+from tunesmith.recipe.importers.draft import TABLE, RecipeDraft, UntranslatedKey
+from tunesmith.recipe.importers.read_config import Expression, read_config
 from tunesmith.recipe.load import load_recipe
 from tunesmith.recipe.schema import KEYS
-from tunesmith.recipe.yaml_lines import YamlMapping, read_yaml
+from tunesmith.recipe.yaml_lines import YamlMapping
 
-TABLE: Json = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text())
 TOOLS: dict[str, Json] = TABLE["tools"]
-DATA_KEYS = ("dataset", "datasets", "pretraining_dataset", "dataset_name")
+DATA_KEYS = "dataset datasets pretraining_dataset dataset_name dataset_mixture val_dataset"
 SECRET_PATTERN = re.compile("token$|api_key|secret|password")
 OFF_VALUES = (None, False, "", 0, [], {})
-CONVERSIONS: dict[str, Callable[..., None]] = {
-    "adapter": key_map.translate_adapter,
-    "axolotl_data": data_sets.translate_axolotl_data,
-    "axolotl_stage": key_map.translate_axolotl_stage,
-    "batch_size": key_map.translate_batch_size,
-    "choose": key_map.choose_value,
-    "chat_template": key_map.translate_chat_template,
-    "check_stage": key_map.check_stage,
-    "eval_split": key_map.translate_eval_split,
-    "llamafactory_data": data_sets.translate_llamafactory_data,
-    "llamafactory_stage": key_map.translate_llamafactory_stage,
-    "method": key_map.translate_method,
-    "model": key_map.translate_model,
-    "modules_to_save": key_map.translate_modules_to_save,
-    "new_tokens": key_map.translate_new_tokens,
-    "optimizer": key_map.translate_optimizer,
-    "output_dir": key_map.translate_output_dir,
-    "overlong_default": key_map.set_overlong_default,
-    "pad_token": key_map.skip_pad_token,
-    "precision": key_map.translate_precision,
-    "refuse_both": key_map.refuse_both,
-    "refuse_stage": key_map.refuse_stage,
-    "rename": key_map.rename,
-    "saving": key_map.translate_saving,
-    "schedule": key_map.translate_schedule,
-    "smoothing": key_map.translate_smoothing,
-    "steps": key_map.translate_steps,
-    "template_kwargs": key_map.translate_template_kwargs,
-    "train_on_prompt": key_map.translate_train_on_prompt,
-    "target_modules": key_map.translate_target_modules,
-    "trained_switches": key_map.translate_trained_switches,
-    "trl_data": data_sets.translate_trl_data,
-}
+CONVERSIONS: dict[str, Any] = vars(key_map) | vars(data_sets)
 
 
 @dataclass(frozen=True)
@@ -80,16 +46,19 @@ def translate(config: Path, recipe: Path, overrides: Json | None = None) -> Tran
 
     Raises InputError with file:line if the file is not YAML, not a config of one of the tools,
     contradicts itself, or asks for an unsupported kind of training."""
-    document = read_yaml(config)
+    document = read_config(config)
     for key, line in document.duplicates:
         raise InputError(f"'{key}' is repeated", where=f"{config}:{line}", fix="keep one")
     tool, reason = detect_tool(document)
     document = _read_switches(document, tool)
     draft = RecipeDraft(document, config, recipe)
     overrides = overrides or {}
-    unread_keys = DATA_KEYS if "data" in overrides else ()
-    for key in unread_keys:
-        draft.pop_value(key)
+    unread_keys = DATA_KEYS.split() if "data" in overrides else []
+    for key in document.values:
+        if key in unread_keys:
+            draft.pop_value(key)
+        elif isinstance(draft.remaining[key], Expression):
+            draft.skip_key(key, str(draft.pop_value(key)), "code, which is not run: set the value")
     for row in TOOLS[tool]["rows"]:
         arguments = {name: value for name, value in row.items() if name not in ("do", "methods")}
         if draft.values.get("method") in row.get("methods", (draft.values.get("method"),)):
@@ -116,6 +85,8 @@ def detect_tool(document: YamlMapping) -> tuple[str, str]:
         raise InputError("this is already a tunesmith recipe", where=document.name, fix=fix)
     keys_by_tool: dict[str, list[str]] = {}
     for tool, rules in TOOLS.items():
+        if (mark := rules.get("mark")) in keys:
+            return tool, f"it has {mark}"
         signature = set(rules["signature"].split())
         keys_by_tool[tool] = [key for key in keys if key in signature]
     first, second, *_ = sorted(keys_by_tool, key=lambda tool: -len(keys_by_tool[tool]))
@@ -200,7 +171,7 @@ def _report_unused_keys(
     """Record every key that neither a note nor another entry names: its value is the same here, or
     a rule decides. Keys that are off, as they are by default, and `unread_keys` ask for nothing."""
     texts = [*draft.notes.values(), *(entry.key for entry in draft.untranslated)]
-    named = {word for text in texts for word in re.findall(r"\w+", text)}
+    named = {word for text in texts for word in re.findall(r"[\w.]+", text)}
     for key, value in draft.document.values.items():
         is_off = value in OFF_VALUES and key not in on_by_default
         if key in named or key in unread_keys or is_off or SECRET_PATTERN.search(key):
@@ -213,7 +184,8 @@ def _report_silent_defaults(draft: RecipeDraft, tool: str) -> None:
     reason = f"defaults of {tool} that the config leaves out; here a rule decides"
     for key, text in TOOLS[tool]["defaults"].items():
         is_adapter_key = key.startswith("lora_") and draft.values.get("method") == "full"
-        if key not in draft.values and not is_adapter_key:
+        is_set = text.partition(" ")[0] in draft.document.values
+        if key not in draft.values and not is_adapter_key and not is_set:
             draft.skip_unneeded(text, None, reason)
     loss: Any = draft.values.get("loss")
     if loss is None:

@@ -17,35 +17,18 @@ from tunesmith.core.hub_names import FILE_SUFFIXES, is_hub_id
 from tunesmith.core.json_io import read_json
 from tunesmith.core.types import Json
 from tunesmith.recipe.fields import wrap_list
-from tunesmith.recipe.importers.draft import ConfigKeys, RecipeDraft
+from tunesmith.recipe.importers.draft import TABLE, ConfigKeys, RecipeDraft
 
+NAME_KEYS = ("dataset_name", "dataset_id_or_path", "dataset_path")  # the latter of scripts
 HUB_REASON = "not a local file: save its rows in the file that the recipe names"
 NAMES_REASON = "a message must have role and content, or from and value"
 WORDING_REASON = "the model's chat template formats the prompt, not Axolotl's sentences"
 ROLE_NAMES = ("assistant", "gpt", "human", "system", "tool", "user")
 TYPE_COLUMNS = ("instruction", "input", "output", "system")
-# Keys of a data set that change nothing with these values; None: with any value.
-DEFAULT_VALUES = {
-    "ds_type": None,
-    "split": "train",
-    "train_on_eos": "turn",
-    "field_tools": "tools",
-    "chat_template": "tokenizer_default",
-    "trust_remote_code": False,
-    "roles_to_train": ["assistant"],
-    "revision": None,
-}
-REASONS = {
-    "split": "set max_examples, a number of rows",
-    "roles": f"supported roles: {', '.join(ROLE_NAMES)}",
-    "roles_to_train": "set train_on: the same roles of all data are trained",
-}
-# their columns of an alpaca row -> ours
-ALPACA_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output"}
-ALPACA_COLUMNS |= {"system": "system", "history": "history", "kto_tag": "label"}
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag")
 SHAREGPT_TAGS = dict(zip(TAGS, ("from", "value", "human", "gpt"), strict=True))
 OPENAI_TAGS = dict(zip(TAGS, ("role", "content", "user", "assistant"), strict=True))
+ENTRY_KEYS: Json = TABLE["data_set_keys"]
 
 
 def _describe_format(row_format: str, columns: Mapping[str, Any]) -> Json:
@@ -70,17 +53,20 @@ def translate_trl_data(draft: RecipeDraft) -> None:
     """Translate the data set, or the list of them in `datasets`, in `dataset_mixture` (a mapping
     with such a list) or in `dataset_mixer` (name -> share)."""
     test_split = draft.pop_text("dataset_test_split")
-    if name := draft.pop_text("dataset_name"):
+    keys = [key for key in NAME_KEYS if draft.remaining.get(key)]
+    if name := draft.pop_text(keys[0] if keys else "dataset_name"):
         entry = {"path": name, "name": draft.pop_text("dataset_config")}
         entry["split"] = draft.pop_text("dataset_train_split")
-        source = _make_trl_source(draft, "dataset_name", entry)
-        draft.set_value("data", [source], "dataset_name")
+        source = _make_trl_source(draft, keys[0], entry)
+        draft.set_value("data", [source], keys[0])
         if test_split and source["path"].startswith("hf:"):
             draft.set_value("eval_data", [{**source, "split": test_split}], "dataset_name")
     mixture = draft.remaining.get("dataset_mixture")
     if isinstance(mixture, dict):
         draft.remaining["dataset_mixture"] = mixture.get("datasets")
-        draft.remaining["test_split_size"] = mixture.get("test_split_size")
+        draft.remaining |= {k: mixture[k] for k in ("test_split_size",) if k in mixture}
+        if mixture.get("seed") is not None:
+            draft.skip_unneeded("dataset_mixture.seed", mixture["seed"], "one seed draws all")
     for key in ("datasets", "dataset_mixture", "dataset_mixer"):
         entries = draft.pop_value(key) or []
         if isinstance(entries, dict):
@@ -175,9 +161,9 @@ def _report_unsupported(draft: RecipeDraft, name: str, remaining: Json) -> None:
     if names and all(role in ROLE_NAMES for role in names):
         del remaining["roles"]
     for key, value in remaining.items():
-        default = DEFAULT_VALUES.get(key, "")
+        default = ENTRY_KEYS["defaults"].get(key, "")
         if value not in (None, False) and default not in (None, value):
-            reason = REASONS.get(key, "a source has no such key")
+            reason = ENTRY_KEYS["reasons"].get(key, "a source has no such key")
             draft.skip_key(f"{name}.{key}", value, reason)
 
 
@@ -317,7 +303,7 @@ def _parse_info(draft: RecipeDraft, name: str, info: ConfigKeys) -> Json:
         if kind in columns:
             draft.skip_key(f"dataset {name}: {kind}", columns[kind], "only text is trained")
     if is_alpaca:
-        alpaca = {ours: columns.get(theirs) for theirs, ours in ALPACA_COLUMNS.items()}
+        alpaca = {ours: columns.get(theirs) for theirs, ours in ENTRY_KEYS["alpaca"].items()}
         return _describe_format("alpaca", alpaca)
     messages = columns.get("messages", "conversations")
     system = columns.get("system")
@@ -347,3 +333,25 @@ def _parse_ranking(
         reason = "a pair has a single prompt: merge both into one column"
         draft.skip_key(f"dataset {name}: query", columns["query"], reason)
     return _describe_format("preference", {"prompt": prompt, **sides})
+
+
+# ---------------------------------------------------------------- ms-swift
+
+
+def translate_swift_data(draft: RecipeDraft, key: str, to: str) -> None:
+    """Translate data sets `name:subset#rows`, of ModelScope unless use_hf is set."""
+    is_hf = draft.remaining.get("use_hf") is True
+    sources: list[Json] = []
+    for text in draft.pop_texts(key):
+        name, _, limit = text.partition("#")
+        name, _, config = name.removeprefix("HF::").partition(":")
+        source = {"path": path} if (path := draft.find_path(name)) else None
+        source = source or _make_hub_source(name, config=config)
+        if source is None:
+            draft.skip_key(key, name, HUB_REASON)
+            source = {"path": name if Path(name).suffix else f"{Path(name).name}.jsonl"}
+        elif source["path"].startswith("hf:") and not (is_hf or text.startswith("HF::")):
+            draft.skip_key(key, name, "a data set of ModelScope: check that the hub has the same")
+        sources.append(source | ({"max_examples": int(limit)} if limit.isdigit() else {}))
+    if sources:
+        draft.set_value(to, sources, key)

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tunesmith.core.errors import InputError
 from tunesmith.core.types import Json
 from tunesmith.recipe.yaml_lines import YamlMapping
 
+TABLE: Json = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text())
 MAX_NUMBER = 10**12
 NUMBER_PATTERN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 

@@ -11,11 +11,12 @@ from tunesmith.core.types import Json
 from tunesmith.recipe.importers.draft import RecipeDraft
 from tunesmith.recipe.objectives import SCHEDULE_FIELDS, ScheduleName
 
+CONTRADICTION = "contradict each other: keep one"
+MASK_SWITCHES = ("assistant_only_loss", "completion_only_loss", "train_on_responses_only")
 SCHEDULES = get_args(ScheduleName)
 LOSS_NAMES = {"sigmoid": "dpo", "dpo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float": "fp32"}
 DTYPES |= {name: name for name in ("bf16", "fp16", "fp32")}
-ADAMW_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 ORPO_REASON = "the NLL term of ORPO covers the answer; in Axolotl it covers the prompt, too"
 NLL_REASON = "its NLL is a mean over tokens here; in LLaMA-Factory a mean over answers"
 
@@ -41,7 +42,7 @@ def choose_value(
 
 def refuse_both(draft: RecipeDraft, first: str, second: str) -> None:
     if draft.remaining.get(first) and draft.remaining.get(second):
-        raise draft.make_error(first, f"{first} and {second} contradict each other: keep one")
+        raise draft.make_error(first, f"{first} and {second} {CONTRADICTION}")
 
 
 # ---------------------------------------------------------------- model and method
@@ -76,14 +77,19 @@ def translate_method(
 
 def _translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool) -> None:
     """Translate LoRA; 4-bit weights of any kind become NF4 with double quantization."""
-    if draft.remaining.get("load_in_4bit") or draft.remaining.get("quantization_bit") == 4:
+    four_bit = {"load_in_4bit": True, "quantization_bit": 4, "quant_bits": 4}
+    if keys := [key for key, value in four_bit.items() if draft.remaining.get(key) == value]:
         is_4bit = True
-        key = "load_in_4bit" if draft.remaining.get("load_in_4bit") else "quantization_bit"
-        source = f"{source}, {key}"
-        draft.pop_value("quantization_bit")
+        source = f"{source}, {keys[0]}"
+        draft.pop_value(keys[0])
     if is_4bit:
         draft.pop_value("load_in_4bit")
-        for key in ("bnb_4bit_quant_type", "quantization_type", "quantization_method"):
+        for key in (
+            "bnb_4bit_quant_type",
+            "quantization_type",
+            "quantization_method",
+            "quant_method",
+        ):
             value = draft.pop_scalar(key)
             if value not in (None, "nf4", "bnb", "bitsandbytes"):
                 draft.skip_key(key, value, "4-bit weights are always NF4 of bitsandbytes")
@@ -141,20 +147,18 @@ def translate_new_tokens(draft: RecipeDraft, key: str, module_key: str) -> None:
 
 
 def translate_trained_switches(draft: RecipeDraft) -> None:
-    """Translate TRL's switches of the mask; with assistant_only_loss, completion_only_loss has
-    nothing left to decide. Without both, TRL trains the prompts of conversations, too."""
-    assistant = draft.pop_value("assistant_only_loss")
-    completion = draft.pop_value("completion_only_loss")
-    if assistant:
-        draft.set_value("train_on", "answers", "assistant_only_loss")
-    elif assistant is False:
-        draft.set_value("train_on", "all", "assistant_only_loss")
-    elif completion is False:
-        draft.set_value("train_on", "all", "completion_only_loss")
-    elif completion:
-        draft.set_value("train_on", "answers", "completion_only_loss")
+    """Translate the switches of the mask of TRL and Unsloth; with assistant_only_loss,
+    completion_only_loss has nothing left to decide. Pairs read none of them."""
+    key = next((k for k in MASK_SWITCHES if draft.remaining.get(k) is not None), "")
+    is_answers = draft.remaining.get(key)
+    for switch in MASK_SWITCHES:
+        draft.pop_value(switch)
+    if draft.values.get("stage") == "preference":
+        return
+    if key:
+        draft.set_value("train_on", "answers" if is_answers else "all", key)
     else:
-        reason = "TRL trains prompts of conversations unless it is true; set train_on: all for that"
+        reason = "prompts are trained there (no assistant_only_loss); set train_on: all for that"
         draft.skip_key("assistant_only_loss", False, reason)
 
 
@@ -216,6 +220,12 @@ def skip_pad_token(draft: RecipeDraft, key: str) -> None:
 # ---------------------------------------------------------------- steps and optimizer
 
 
+def use_other_name(draft: RecipeDraft, key: str, other: str) -> None:
+    """Read a key as if it had the other name."""
+    if key in draft.remaining:
+        draft.remaining.setdefault(other, draft.remaining.pop(key))
+
+
 def translate_batch_size(draft: RecipeDraft, key: str, default: int) -> None:
     """Translate rows per step: micro batch size x gradient accumulation, on one device."""
     accumulation_key = "gradient_accumulation_steps"
@@ -271,40 +281,30 @@ def translate_schedule(draft: RecipeDraft, key: str) -> None:
         draft.skip_key(f"lr_scheduler_kwargs.{name}", kwargs[name], reason)
 
 
-def translate_optimizer(draft: RecipeDraft, key: str) -> None:
-    value = draft.pop_scalar(key)
-    if value is None or value in ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf"):
-        return
-    if value in ADAMW_8BIT:
-        draft.set_value("optim", "adamw_8bit", key)
-    elif "adamw" in str(value):
-        draft.skip_unneeded(key, value, "AdamW with fp32 moments is used")
-    else:
-        reason = "the optimizer is AdamW; another one needs another learning rate"
-        draft.skip_key(key, value, reason)
-
-
 def translate_precision(draft: RecipeDraft, dtype_keys: list[str]) -> None:
     """Translate the number format; `auto` and false leave it to the rule.
 
-    `dtype_keys` hold a format's name; other keys are switches."""
-    fp16_keys = [key for key in ("fp16", "float16") if draft.pop_scalar(key)]
+    `dtype_keys` hold the format of the weights; in mixed precision, a switch has that of the
+    products."""
     requested: Json = {}
-    for key in ("bf16", "bfloat16", "pure_bf16", "float32", *dtype_keys):
+    for key in ("bf16", "bfloat16", "pure_bf16", "float32", "fp16", "float16"):
+        if draft.pop_scalar(key) not in (None, False, "auto", ""):
+            requested[key] = DTYPES[key.removeprefix("pure_")]
+    if len(set(requested.values())) > 1:
+        raise draft.make_error([*requested][-1], f"{' and '.join(requested)} {CONTRADICTION}")
+    for key in dtype_keys:
         value = draft.pop_scalar(key)
-        if value not in (None, False, "auto", ""):
-            requested[key] = value
-    if fp16_keys and requested:
-        names = f"{fp16_keys[0]} and {next(iter(requested))}"
-        raise draft.make_error(fp16_keys[0], f"{names} contradict each other: keep one")
-    for key, value in requested.items():
-        name = value if key in dtype_keys else key.removeprefix("pure_")
-        if name in DTYPES:
-            draft.set_value("dtype", DTYPES[name], key)
-        else:
+        name = DTYPES.get(str(value).removeprefix("torch."))
+        if value in (None, False, "auto", ""):
+            continue
+        if name is None:
             draft.skip_key(key, value, "supported number formats: bf16, fp16 and fp32")
-    for key in fp16_keys:
-        draft.set_value("dtype", "fp16", key)
+        elif name not in requested.values() and requested:
+            draft.skip_key(key, value, f"weights have the format of {next(iter(requested))} here")
+        else:
+            requested[key] = name
+    if requested:
+        draft.set_value("dtype", next(iter(requested.values())), ", ".join(requested))
 
 
 def translate_smoothing(draft: RecipeDraft) -> None:
@@ -358,6 +358,25 @@ def check_stage(draft: RecipeDraft, key: str) -> None:
 def refuse_stage(draft: RecipeDraft, key: str) -> None:
     if draft.remaining.get(key):
         raise draft.make_error(key, f"{key} is not supported")
+
+
+def translate_stage(
+    draft: RecipeDraft, key: str, kinds: Json, losses: Json, marks: str = ""
+) -> None:
+    """Translate the stage that `key` names; without it, `marks` are keys of DPO alone."""
+    value = draft.pop_text(key)
+    kind = kinds.get(value or "")
+    if value is not None and kind is None:
+        raise draft.make_error(key, f"{key}: {value} is not supported: use {', '.join(kinds)}")
+    mark = next((mark for mark in marks.split() if mark in draft.remaining), "")
+    if value is None and mark:
+        kind = "dpo"
+        key = mark
+        draft.skip_key(f"{key} of trl dpo", None, "set loss: orpo if this is for trl orpo")
+    if kind == "pt":
+        _translate_pretraining(draft, key)
+    elif kind not in (None, "sft"):
+        _translate_preference(draft, kind, key, losses, {"dpo": 0.0, "simpo": 1.0})
 
 
 def translate_axolotl_stage(

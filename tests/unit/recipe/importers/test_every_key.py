@@ -346,3 +346,26 @@ def test_label_smoothing_of_pairs() -> None:
     assert values["label_smoothing"] == 0.1
     values = translate_config(AXOLOTL | {"rl": "simpo", "dpo_label_smoothing": 0.1}).values
     assert "label_smoothing" not in values
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [
+        ({"torch_dtype": "bfloat16", "bf16": True}, "bf16"),
+        ({"torch_dtype": "float16", "fp16": True}, "fp16"),
+        ({"torch_dtype": "float32", "bf16": True}, "bf16"),
+    ],
+)
+def test_mixed_precision_of_trl(keys: Config, dtype: str) -> None:
+    translation = translate_config(TRL | keys)
+    assert translation.values["dtype"] == dtype
+    lines = {entry.key for entry in translation.untranslated if entry.is_important}
+    assert ("torch_dtype" in lines) == (keys["torch_dtype"] == "float32")
+
+
+def test_keys_of_dpo_in_a_config_of_trl() -> None:
+    translation = translate_config(TRL | {"beta": 0.05, "max_prompt_length": 512})
+    assert translation.values["loss"] == {"name": "dpo", "beta": 0.05, "nll_coefficient": 0.0}
+    assert "train_on" not in translation.values
+    lines = {entry.key for entry in translation.untranslated if entry.is_important}
+    assert {"max_prompt_length", "beta of trl dpo"} <= lines
