@@ -6,7 +6,8 @@ Not labels: an answer of several lines or over MAX_LABEL_CHARS, JSON, rows with 
 turns, more than RARE_SHARE of answers that occur fewer than MIN_LABEL_ROWS times (free text that
 repeats a bit), and over MAX_NUMBERS different numbers, also with a unit (arithmetic). Names of
 classes with a number, such as "class 1" to "class 9", are taken for such numbers: only their
-metrics differ (session/auto_metrics.py). Reading ends with the first row that decides."""
+metrics differ (session/auto_metrics.py). Reading ends with the first row that decides. The data
+check, which looks for wrong rows, allows more of them."""
 
 from __future__ import annotations
 
@@ -28,11 +29,11 @@ LABELS_PER_SHAPE = 4
 NUMBER_PATTERN = re.compile(r"[-+\u2212]?\d[\d.,:/]*")
 
 
-def read_labels(dataset: Dataset) -> dict[str, int]:
+def read_labels(dataset: Dataset, odd_share: float = 0) -> dict[str, int]:
     """Return label -> its rows, most frequent first; empty if the answers are no labels."""
     if dataset.tasks or dataset.has_pairs or dataset.has_labels:
         return {}
-    return count_labels(answer for _, answer in iter_answers(dataset))
+    return count_labels((answer for _, answer in iter_answers(dataset)), odd_share)
 
 
 def iter_answers(dataset: Dataset) -> Iterator[tuple[int, str]]:
@@ -48,20 +49,29 @@ def iter_answers(dataset: Dataset) -> Iterator[tuple[int, str]]:
             yield row, (example.text or "") if example.prompt is not None else ""
 
 
-def count_labels(answers: Iterable[str]) -> dict[str, int]:
+def count_labels(answers: Iterable[str], odd_share: float = 0) -> dict[str, int]:
     """Return label -> count, most frequent first; empty if the answers are no labels.
 
-    Labels are told apart as they are graded, up to white space at the ends."""
+    Labels are told apart as they are graded, up to white space at the ends. `odd_share` of the
+    answers may be something else, which is left out, or rare."""
     counts: Counter[str] = Counter()
-    for answer in answers:
+    num_odd = 0
+    for seen, answer in enumerate(answers, 1):
         label = answer.strip()
-        counts[label] += 1
-        if not _can_be_label(label) or len(counts) > MAX_LABELS:
+        if _can_be_label(label):
+            counts[label] += 1
+        else:
+            num_odd += 1
+        allowed = odd_share * max(seen, MIN_ROWS)
+        if num_odd > allowed or len(counts) > MAX_LABELS + allowed:
             return {}
-    num_rare = sum(count for count in counts.values() if count < MIN_LABEL_ROWS)
-    if len(counts) < 2 or counts.total() < MIN_ROWS or num_rare > RARE_SHARE * counts.total():
+    frequent = {label: count for label, count in counts.items() if count >= MIN_LABEL_ROWS}
+    total = counts.total() + num_odd
+    if len(counts) < 2 or total < MIN_ROWS or len(frequent) > MAX_LABELS:
         return {}
-    return {} if _are_numbers(counts) else dict(counts.most_common())
+    if total - sum(frequent.values()) > max(odd_share, RARE_SHARE) * total:
+        return {}
+    return {} if _are_numbers(frequent) else dict(counts.most_common())
 
 
 def _can_be_label(text: str) -> bool:

@@ -1,15 +1,18 @@
-"""What the words of prompts tell without a language model: a class, and the nearest prompt.
+"""What words tell without a language model: the class of a text, and the nearest prompt.
 
     WordRules(training prompts, prompts) -> classify(targets), find_nearest()
+    texts, their classes, folds -> predict_out_of_fold -> probability of each class
 
 TF-IDF of words and of pairs of them, and complement naive Bayes (Rennie 2003), which is made for
-classes of unequal frequency and fits 5,000 rows of 50 classes in 0.1 s. Needs scikit-learn, the
-extra `audit`."""
+classes of unequal frequency and fits 5,000 rows of 50 classes in 0.1 s. Probabilities are those of
+logistic regressions, one for each class: 2 s. Needs scikit-learn, the extra `audit`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, cast
+
+import numpy as np
 
 MAX_CHARS = 4_000  # of a prompt
 MAX_TERMS = 20_000
@@ -20,11 +23,7 @@ TERMS = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|\w
 class WordRules:
     def __init__(self, trained: Sequence[str], prompts: Sequence[str]) -> None:
         """Count the terms of training prompts, of which one at least has some, and of others."""
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
-        terms = TfidfVectorizer(
-            token_pattern=TERMS, ngram_range=(1, 2), max_features=MAX_TERMS, sublinear_tf=True
-        )
+        terms = _make_vectorizer()
         self._trained_NT: Any = terms.fit_transform([text[:MAX_CHARS] for text in trained])
         self._prompts_NT: Any = terms.transform([text[:MAX_CHARS] for text in prompts])
 
@@ -39,3 +38,30 @@ class WordRules:
         """Return the index of the training prompt nearest to each prompt by cosine similarity."""
         similar = (prompt @ self._trained_NT.T for prompt in self._prompts_NT)
         return [int(each.toarray().argmax()) for each in similar]
+
+
+def predict_out_of_fold(
+    texts: Sequence[str], classes_N: np.ndarray, folds_N: np.ndarray
+) -> np.ndarray:
+    """Return [N, K], the probability of each class, ascending, for each text, by a classifier that
+    has seen no text of its fold."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import PredefinedSplit, cross_val_predict
+    from sklearn.multiclass import OneVsRestClassifier
+
+    terms_NT: Any = _make_vectorizer().fit_transform([text[:MAX_CHARS] for text in texts])
+    classifier = LogisticRegression(C=10, class_weight="balanced", solver="liblinear")
+    by_class: Any = OneVsRestClassifier(classifier)
+    folds = PredefinedSplit(folds_N)
+    predicted: Any = cross_val_predict(
+        by_class, terms_NT, classes_N, cv=folds, method="predict_proba"
+    )
+    return predicted
+
+
+def _make_vectorizer() -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(
+        token_pattern=TERMS, ngram_range=(1, 2), max_features=MAX_TERMS, sublinear_tf=True
+    )

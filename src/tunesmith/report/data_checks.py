@@ -42,15 +42,15 @@ CHECK_GROUPS = (
     CheckGroup("Keys and passwords", ("secrets",), True),
     CheckGroup("Personal data", ("personal",), True),
     CheckGroup("Languages", ("languages",), True),
-    CheckGroup("Broken or cut answers", ("broken_json", "cut_off", "unfinished"), True),
+    CheckGroup("Cut answers", ("cut_off", "unfinished", "cut_words", "broken_json"), True),
     CheckGroup("Empty answers, refusals and loops", (
         "empty_answers", "refusals", "apologies", "disclaimers", "loops", "echoes_prompt",
     ), True),
-    CheckGroup("Markers, placeholders and invisible characters", (
-        "chat_markers", "placeholders", "invisible_chars",
+    CheckGroup("Markers, placeholders, invisible characters, order of tool results", (
+        "chat_markers", "placeholders", "invisible_chars", "tool_order",
     ), True),
     CheckGroup("Balance of labels and fields", ("classes", "one_label", "lopsided"), True),
-    CheckGroup("Labels in the prompt", ("label_in_prompt",), True),
+    CheckGroup("Wrong or swapped answers", ("mislabelled", "swapped", "label_in_prompt"), True),
     CheckGroup("Lengths of answers", ("lengths", "outliers", "length_bias"), True),
 )  # fmt: skip
 

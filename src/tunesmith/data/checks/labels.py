@@ -4,6 +4,7 @@ Where one value of a field is so frequent that a constant would score well, trai
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -11,7 +12,14 @@ import numpy as np
 
 from tunesmith.core.types import Finding
 from tunesmith.data.answer_values import ANSWER, LOPSIDED_SHARE, ValueCounts, split_fields
-from tunesmith.data.checks.context import MAX_NAMED_ROWS, CheckContext, get_answer, make_row_finding
+from tunesmith.data.checks.context import (
+    MAX_NAMED_ROWS,
+    CheckContext,
+    choose_level,
+    describe_rows,
+    get_answer,
+    make_row_finding,
+)
 from tunesmith.data.checks.ngrams import hash_words
 from tunesmith.data.checks.pii import mask_secrets
 from tunesmith.data.checks.text_stats import extract_row_texts
@@ -174,3 +182,22 @@ def check_label_in_prompt(context: CheckContext) -> Iterator[Finding]:
         fix = "remove it from the prompts: the model learns to copy a label that it will not get"
         rows = np.sort(copied_rows)
         yield make_row_finding(context, "label_in_prompt", "error", message, rows, fix)
+    elif marked := _find_marked(context):
+        predicate = "have a prompt that gives the label away, in brackets, quotes or after a colon"
+        message = describe_rows(len(marked), len(dataset), predicate)
+        level = choose_level(len(marked), len(dataset))
+        fix = "remove it from these prompts"
+        yield make_row_finding(context, "label_in_prompt", level, message, np.array(marked), fix)
+
+
+def _find_marked(context: CheckContext) -> list[int]:
+    """Return the rows whose prompt has their label, and no other one, in brackets or quotes or at
+    the end of a line that introduces it."""
+    names = "|".join(sorted(map(re.escape, context.labels), key=len, reverse=True))
+    pattern = re.compile(rf"[:=(\[{{<\"']\s*({names})\s*(?:[)\]}}>\"']|$)", re.MULTILINE)
+    marked: list[int] = []
+    for row in np.sort(permute_rows(0, 0, len(context.dataset))[:MAX_ROWS]).tolist():
+        texts = extract_row_texts(context.dataset.read_example(row)).texts
+        if set(pattern.findall("\n".join(texts[:-1]))) == {texts[-1].strip()}:
+            marked.append(row)
+    return marked

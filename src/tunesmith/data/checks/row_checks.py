@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from tunesmith.core.types import Finding
 from tunesmith.data.checks.context import CheckContext, Level, choose_level, describe_rows
 from tunesmith.data.checks.ngrams import exclude_values, hash_ngrams, sort_unique
@@ -148,7 +150,7 @@ def find_disclaimers(row: RowTexts) -> Matches:
 
 CHAT_MARKERS = re.compile(
     r"<\|[a-z]\w{1,30}\|>|<｜[\w▁]{2,40}｜>"
-    r"|\[INST\](?=[^\]]*\[/INST\])|<</?SYS>>|\A<s>|</s>\Z|<(?:start|end)_of_turn>"
+    r"|\[INST\](?=[^\]]*\[/INST\])|\[/INST\]|<</?SYS>>|\A<s>|</s>\Z|<(?:start|end)_of_turn>"
     r"|^### ?(?:Instruction|Response|Human|Assistant|Input):"
     r"|^(?:Human|USER|ASSISTANT|Assistant): ",
     re.MULTILINE,
@@ -224,6 +226,7 @@ def find_invisible_chars(row: RowTexts) -> Matches:
 
 MIN_ECHO_SHARE = 0.9  # of an answer's trigrams
 MIN_ECHO_WORDS = 8
+MIN_EQUAL_WORDS = 4  # of an answer that is the whole prompt
 MIN_LOOP_LINES = 4  # occurrences of one line
 MIN_LOOP_WORDS = 24  # shorter answers are not checked for repetition
 MIN_UNIQUE_WORDS = 0.25  # distinct-1
@@ -239,6 +242,9 @@ def find_echoed_prompt(row: RowTexts) -> Matches:
     """Find answers that repeat the question. Short extracts of a long prompt are fine."""
     answer = row.get_words(row.answer)
     prompt = row.get_words(row.prompt)
+    if len(answer) >= MIN_EQUAL_WORDS and np.array_equal(answer, prompt):
+        yield "echoed prompt", ""
+        return
     if len(answer) < MIN_ECHO_WORDS or not len(prompt) or 2 * len(answer) < len(prompt):
         return
     prompt_grams = sort_unique(hash_ngrams(prompt, 3))
@@ -263,6 +269,26 @@ def find_loops(row: RowTexts) -> Matches:
             yield "repeated phrase", ""
     elif REPEATED_LETTER.search(row.answer, max(0, len(row.answer) - MAX_LOOP_CHARS)):
         yield "repeated letter", ""
+
+
+# ---------------------------------------------------------------- tools
+
+
+def find_tool_order(row: RowTexts) -> Matches:
+    """Find tool results without a call, in another order than the calls, and calls without one."""
+    waiting: list[str | None] = []  # ids of the calls that no result followed yet
+    for message in row.example.messages:
+        if message["role"] != "tool":
+            if waiting:
+                yield "call without a result", ""
+            waiting = [call.get("id") for call in message.get("tool_calls") or ()]
+        elif not waiting:
+            yield "result without a call", ""
+        else:
+            called = waiting.pop(0)
+            answered = message.get("tool_call_id")
+            if called and answered and called != answered:
+                yield "results in another order than calls", ""
 
 
 # ---------------------------------------------------------------- table and findings
@@ -311,6 +337,10 @@ ROW_CHECKS: dict[str, RowCheck] = {
         "drop the rows, unless answers are passages of the prompt",
     ),
     "loops": RowCheck(find_loops, "have a repetitive answer", None, "drop the rows"),
+    "tool_order": RowCheck(
+        find_tool_order, "have tool results that do not follow their calls", "warn",
+        "put each result after its call, in the order of the calls",
+    ),
     "secrets": RowCheck(
         find_secrets, "contain likely secrets", "error",
         "revoke and remove them: a model can repeat its training data", True,

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from tunesmith.core.formatting import MAX_ROW_IDS
 from tunesmith.core.types import DataReport, Document, Finding, Json, WeightedText
 from tunesmith.data.checks import (
+    contradicted,
     distribution,
     duplicates,
     labels,
@@ -37,6 +38,7 @@ from tunesmith.data.pretraining import PretrainingCorpus
 from tunesmith.data.preview import split_by_weight
 from tunesmith.data.rehearsal import REHEARSAL_ROLE as REHEARSAL
 
+MAX_ODD_SHARE = 0.4  # of answers that are no labels among labels
 MAX_SHOWN_TOKENS = 1500  # of the row that the report shows
 
 
@@ -56,7 +58,9 @@ def check_data(
     text_stats = None
     if should_read_all:
         text_stats = compute_text_stats(remove_shots(datasets), row_checks.get_row_finders())
-    labels = {} if corpus or schema or "data" not in datasets else read_labels(datasets["data"])
+    has_labels = not corpus and not schema and "data" in datasets
+    odd_share = MAX_ODD_SHARE if should_read_all else 0
+    labels = read_labels(datasets["data"], odd_share) if has_labels else {}
     reports: dict[str, DataReport] = {}
     for role, dataset in datasets.items():
         earlier = {name: datasets[name] for name in reports}
@@ -172,6 +176,9 @@ DATASET_CHECKS = {
     "classes": labels.check_classes,
     "lopsided": labels.check_lopsided_fields,
     "label_in_prompt": labels.check_label_in_prompt,
+    "mislabelled": contradicted.check_mislabelled,
+    "swapped": contradicted.check_swapped,
+    "cut_words": contradicted.check_cut_words,
     "unused": rendered.check_unused_keys,
     "one_label": rendered.check_single_label,
 }

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from tunesmith.data.checks import language_id, minhash, ngrams
+from tunesmith.data.checks import contradicted, language_id, minhash, ngrams
 from tunesmith.data.checks.ngrams import exclude_values, hash_ngrams, hash_unique_ngrams, hash_words
 from tunesmith.data.checks.run import check_data
 from tunesmith.data.dataset import open_dataset
@@ -400,3 +400,100 @@ def test_many_more_answers_of_one_label_are_said(report):
     assert "desirable_weight: 5" in few.fix
     assert "undesirable_weight: 3.75" in report(data=label(50), labels=True)["label_balance"].fix
     assert "label_balance" not in report(data=label(10))
+
+
+# ---------------------------------------------------------------- rows that the others contradict
+
+
+TOPICS = {
+    "sport": ("the team won the match", "a late goal in the final", "the coach left the club"),
+    "food": ("boil the rice and the beans", "a cake with butter", "salt and pepper on the soup"),
+    "weather": ("rain and wind from the west", "a cold night with snow", "clouds and sun today"),
+}
+
+
+def reports_of(topic, count):
+    """Texts of a topic, each with a few words of its own."""
+    phrases = TOPICS[topic]
+    return [f"{phrases[i % 3]}, {phrases[(i + 1) % 3]} {prose(i, 4)}" for i in range(count)]
+
+
+def topics(count):
+    texts = [(text, topic) for topic in TOPICS for text in reports_of(topic, count)]
+    return [chat(text, topic) for text, topic in texts]
+
+
+def test_wrong_labels_are_named_with_the_likely_one(report):
+    labelled_rows = topics(60)
+    labelled_rows[7] = chat(labelled_rows[7]["messages"][0]["content"], "weather")
+    finding = report(data=labelled_rows)["mislabelled"]
+    assert (finding.level, finding.count) == ("info", 1)
+    assert finding.rows == ("data.jsonl:8 'weather', not 'sport'?",)
+
+
+def test_right_labels_are_not_named_and_labels_by_chance_cannot_be_judged(report):
+    assert "mislabelled" not in report(data=topics(60))
+    shuffled = random.Random(0).choices(["sport", "food"], k=120)
+    rows = [chat(prose(i), label) for i, label in enumerate(shuffled)]
+    finding = report(data=rows)["mislabelled"]
+    assert (finding.count, finding.rows) == (0, ())
+    assert "not checked" in finding.message
+
+
+def test_labels_are_judged_though_a_tenth_of_the_answers_is_none(report):
+    odd = [chat(prose(500 + i), f"{prose(600 + i, 20)}\nand more") for i in range(20)]
+    labelled_rows = [*topics(60), *odd]
+    labelled_rows[7] = chat(labelled_rows[7]["messages"][0]["content"], "weather")
+    findings = report(data=labelled_rows)
+    assert findings["mislabelled"].rows == ("data.jsonl:8 'weather', not 'sport'?",)
+    assert findings["classes"].count == len(odd)
+
+
+def test_a_label_in_brackets_is_given_away(report):
+    labelled_rows = topics(60)
+    text, label = (m["content"] for m in labelled_rows[4]["messages"])
+    labelled_rows[4] = chat(f"{text} [{label}]", label)
+    labelled_rows[5] = chat(f'"sport", "food" or "weather"? {text}', label)
+    assert report(data=labelled_rows)["label_in_prompt"].rows == ("data.jsonl:5",)
+
+
+def questions(count):
+    return [
+        chat(f"how do I use {prose(i, 3)}?", f"call {prose(900 + i, 6)} and read the result.")
+        for i in range(count)
+    ]
+
+
+def test_a_swapped_question_and_answer_are_found(report):
+    swapped = questions(120)
+    question, answer = (m["content"] for m in swapped[11]["messages"])
+    swapped[11] = chat(answer, question)
+    assert report(data=swapped)["swapped"].rows == ("data.jsonl:12",)
+    assert "swapped" not in report(data=questions(120))
+
+
+def test_what_words_do_not_tell_apart_is_said(report, monkeypatch):
+    same_words = [chat(prose(2 * i), prose(2 * i + 1)) for i in range(120)]
+    finding = report(data=same_words)["swapped"]
+    assert (finding.level, finding.count) == ("info", 0)
+    assert "not checked" in finding.message
+    monkeypatch.setattr(contradicted, "find_spec", lambda _: None)
+    for check, rows_of in (("swapped", questions(120)), ("mislabelled", topics(60))):
+        finding = report(data=rows_of)[check]
+        assert (finding.count, finding.fix) == (0, "pip install '.[audit]' in tunesmith's folder")
+
+
+def test_an_answer_that_ends_within_a_word_is_found(report):
+    answers = [chat(prose(2 * i), prose(2 * i + 1)) for i in range(40)]
+    answers[3] = chat("say what it is", "a description of the transmis")
+    answers[4] = chat("and what the transmission is", "the transmission of the engines")
+    answers[5] = chat("and the engine", "nothing but the engine")  # a singular
+    assert report(data=answers)["cut_words"].rows == ("data.jsonl:4",)
+
+
+def test_an_answer_without_the_mark_at_the_end_of_the_others_is_found(report):
+    answers = questions(120)
+    answers[9] = chat("how do I use it?", "call the function and")
+    answers[10] = chat("how do I use that?", "call the functions, read and write")
+    assert report(data=answers)["cut_words"].rows == ("data.jsonl:10", "data.jsonl:11")
+    assert "cut_words" not in report(data=questions(120))

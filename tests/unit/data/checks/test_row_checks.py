@@ -250,3 +250,31 @@ def test_all_turns_are_searched_for_what_nobody_should_see():
     assert [kind for kind, _ in ROW_CHECKS["invisible_chars"].find(extract_row_texts(example))] == [
         "invisible characters"
     ]
+
+
+def test_tool_results_follow_their_calls_in_order():
+    question = {"role": "user", "content": "which are they?"}
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"id": "a"}, {"id": "b"}]}
+    first, second = ({"role": "tool", "content": "x", "tool_call_id": key} for key in "ab")
+    answer = {"role": "assistant", "content": "these"}
+    nameless = {"role": "tool", "content": "x"}
+    for turns, expected in (
+        ((calling, first, second, answer), []),
+        ((calling, nameless, nameless, answer), []),
+        ((calling,), []),
+        ((calling, second, first, answer), ["results in another order than calls"] * 2),
+        ((calling, first, answer), ["call without a result"]),
+        ((first, answer), ["result without a call"]),
+    ):
+        messages = (question, *turns)
+        example = Example("rows:1", messages=messages, turn_weights=(0,) * len(messages))
+        found = ROW_CHECKS["tool_order"].find(extract_row_texts(example))
+        assert [kind for kind, _ in found] == expected
+    conversation = (question, calling, first, second, answer, question, answer)
+    example = Example("rows:1", messages=conversation, turn_weights=(0,) * len(conversation))
+    assert not list(ROW_CHECKS["tool_order"].find(extract_row_texts(example)))
+
+
+def test_a_short_answer_that_is_the_whole_question_repeats_it():
+    assert kinds("echoes_prompt", "Who looks after it now?", prompt="who looks after it now")
+    assert not kinds("echoes_prompt", "printf", prompt="printf")
