@@ -33,6 +33,7 @@ from tunesmith.data.formats.parse import (
     parse_labelled,
     parse_pair,
     parse_row,
+    refuse_verdict,
     rename_columns,
 )
 from tunesmith.data.formats.prompt_templates import PromptFormatter, make_prompt_formatter
@@ -104,6 +105,7 @@ class DataSourceReader:
         """Read and parse a row, and mark its banned spans. Raises InvalidRow or Violation."""
         self._refuse_long_turns(index)
         row = self.read_row(index)
+        refuse_verdict(row)
         # With pair constraints a row may lack a rejected side: the base model will generate it.
         is_pair = self.format in SIDE_READERS or not self.constraint_set.has_pair_constraints
         parse = ROW_PARSERS[self.row_kind] if is_pair else parse_row

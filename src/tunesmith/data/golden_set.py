@@ -20,7 +20,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,12 @@ from tunesmith.core.types import Json
 from tunesmith.data.checks.text_stats import extract_row_texts
 from tunesmith.data.dataset import Dataset
 from tunesmith.data.formats.parse import REVIEW_KEY
+from tunesmith.data.readers.invalid_row import Reason
 from tunesmith.data.sampler import permute_rows
 
 LOCK_SUFFIX = ".lock.json"
 VERDICTS = ("good", "bad", "unsure")
+LEFT_OUT: frozenset[Reason] = frozenset({"bad verdict", "unsettled verdict"})
 MAX_SHOWN_IDS = 5
 
 
@@ -54,6 +56,7 @@ class GoldenLock:
     first_date: str
     last_date: str
     contents: tuple[str, ...]  # hexadecimal digests of the rows
+    left_out: dict[str, int] = field(default_factory=dict)  # other rows of the file, by reason
 
     @property
     def digests(self) -> np.ndarray:
@@ -67,14 +70,15 @@ def get_lock_path(path: Path) -> Path:
 
 
 def write_lock(dataset: Dataset) -> GoldenLock:
-    """Write the lock of a file.
+    """Write the lock of the rows of a file that were found good; the others are counted.
 
     Raises InputError for a row without a complete review, invalid rows, several files, a file of
     the hub, and an existing lock."""
     if len(dataset.parts) != 1:
         fix = "lock each file separately"
         raise InputError("cannot lock several files", where=dataset.path, fix=fix)
-    if dataset.rejected_rows.counts.total():
+    counts = dataset.rejected_rows.counts
+    if counts.keys() - LEFT_OUT:
         message = f"rows cannot be used: {dataset.rejected_rows.summarize()}"
         raise InputError(message, where=dataset.path, fix="correct them")
     path = dataset.parts[0].source.path
@@ -95,6 +99,7 @@ def write_lock(dataset: Dataset) -> GoldenLock:
         verdicts=dict(Counter(review["verdict"] for review in reviews)),
         first_date=dates[0],
         last_date=dates[-1],
+        left_out=dict(counts),
         contents=tuple(f"{content:016x}" for content in dataset.contents_N.tolist()),
     )
     write_file(lock_path, dump_json(golden_lock, indent=1))

@@ -42,11 +42,12 @@ def test_a_lock_says_who_reviewed_what(opened, tmp_path):
     golden = write_lock(opened(rows, "golden.jsonl"))
     assert (golden.file, golden.rows, golden.verdicts) == (
         "golden.jsonl",
-        3,
-        {"good": 2, "unsure": 1},
+        2,
+        {"good": 2},
     )
+    assert golden.left_out == {"unsettled verdict": 1}
     assert (golden.reviewers, golden.first_date, golden.last_date) == (
-        {"ada": 2, "bob": 1},
+        {"ada": 2},
         "2026-11-11",
         "2026-11-15",
     )
@@ -65,7 +66,7 @@ WRONG = {
     ),
     "verdict": (
         chat("q", "a", reviewer="ada", date="2026-11-12", verdict="fine"),
-        "unknown verdict 'fine'",
+        "1 unknown verdict",
     ),
     "date": (
         chat("q", "a", reviewer="ada", date="12.11.2026", verdict="good"),
@@ -83,8 +84,19 @@ def test_a_row_without_a_whole_review_is_not_locked(opened, tmp_path, wrong):
     row, what = WRONG[wrong]
     with pytest.raises(InputError, match=what) as raised:
         write_lock(opened([good(1), row], "golden.jsonl"))
-    assert raised.value.where == "golden.jsonl:2"
+    assert "golden.jsonl:2" in str(raised.value)
     assert not get_lock_path(tmp_path / "golden.jsonl").exists()
+
+
+@pytest.mark.parametrize("verdict", ["bad", "unsure", "unsettled", "Good"])
+def test_only_an_answer_found_good_is_used(opened, verdict):
+    review = {"reviewer": "ada", "date": "2026-11-12", "verdict": verdict}
+    data = opened([good(1), chat("q", "a", **review)], "train.jsonl")
+    (problems,) = data.rejected_rows.examples.values()
+    assert (len(data), problems[0].where) == (1, "train.jsonl:2")
+    assert problems[0].message == f"the verdict is '{verdict}', by ada"
+    undesirable = chat("q", "a", **review) | {"negative": "whole"}
+    assert len(opened([good(1), undesirable], "bad.jsonl")) == 1 + (verdict == "bad")
 
 
 def test_neither_a_locked_file_nor_its_rows_in_another_file_are_trained_on(opened):

@@ -222,6 +222,27 @@ def parse_row(row: Row, format: str, has_template: bool) -> Example:
     return dataclasses.replace(example, negative=negative, choices=choices)
 
 
+def refuse_verdict(row: Row) -> None:
+    """Raise InvalidRow for a row whose review does not say that its answer is good.
+
+    Such an answer is neither trained nor graded against, unless the row itself marks it as bad."""
+    review: Any = row.data.get(REVIEW_KEY)
+    verdict: Any = review.get("verdict") if isinstance(review, dict) else None
+    if verdict is None or verdict == "good":
+        return
+    name = review.get("reviewer", "nobody")
+    message = f"the verdict is {verdict!r:.40}, by {name!s:.40}"
+    if verdict == "bad":
+        if row.data.get(NEGATIVE_KEY) == "whole" or row.data.get(LABEL_KEY) is False:
+            return
+        fix = "correct the answer and set the verdict to good, or remove the row"
+        raise InvalidRow("bad verdict", message, where=row.id, fix=fix)
+    if verdict in ("unsure", "unsettled"):
+        fix = "settle it as good, or remove the row"
+        raise InvalidRow("unsettled verdict", message, where=row.id, fix=fix)
+    raise InvalidRow("unknown verdict", message, where=row.id, fix="write good, bad or unsure")
+
+
 def _read_choices(row: Row) -> tuple[str, ...]:
     """Return the answers to choose from, if the key is a list of strings.
 

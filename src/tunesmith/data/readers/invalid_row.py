@@ -27,6 +27,8 @@ Reason = Literal[
     "wrong tool call", "wrong tools", "contradiction", "equal sides",
     "different prompts", "no label",
     "wrong mark", "nothing bad",
+    # the verdict of a review
+    "bad verdict", "unsettled verdict", "unknown verdict",
     # a constraint of the recipe: the row is excluded, which is not an error
     "never",
     # the chat template
