@@ -79,8 +79,8 @@ def data_lock(args: RecipeArgs = None, as_json: AsJson = False) -> None:
     dates = f"{golden.first_date} to {golden.last_date}"
     rows = format_count(golden.rows, "row")
     text = f"locked {rows} of {golden.file}: {verdicts}; {reviewers}, {dates}"
-    if golden.left_out:
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in golden.left_out.items())
+    if golden.excluded_rows:
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in golden.excluded_rows.items())
         text += f"; left out: {counts}"
     print_result(golden, text, as_json=as_json)
 

@@ -40,7 +40,7 @@ from tunesmith.data.sampler import permute_rows
 
 LOCK_SUFFIX = ".lock.json"
 VERDICTS = ("good", "bad", "unsure")
-LEFT_OUT: frozenset[Reason] = frozenset({"bad verdict", "unsettled verdict"})
+EXCLUDED_REASONS: frozenset[Reason] = frozenset({"bad verdict", "unsettled verdict"})
 MAX_SHOWN_IDS = 5
 
 
@@ -56,7 +56,7 @@ class GoldenLock:
     first_date: str
     last_date: str
     contents: tuple[str, ...]  # hexadecimal digests of the rows
-    left_out: dict[str, int] = field(default_factory=dict)  # other rows of the file, by reason
+    excluded_rows: dict[str, int] = field(default_factory=dict)  # other rows of the file, by reason
 
     @property
     def digests(self) -> np.ndarray:
@@ -78,7 +78,7 @@ def write_lock(dataset: Dataset) -> GoldenLock:
         fix = "lock each file separately"
         raise InputError("cannot lock several files", where=dataset.path, fix=fix)
     counts = dataset.rejected_rows.counts
-    if counts.keys() - LEFT_OUT:
+    if counts.keys() - EXCLUDED_REASONS:
         message = f"rows cannot be used: {dataset.rejected_rows.summarize()}"
         raise InputError(message, where=dataset.path, fix="correct them")
     path = dataset.parts[0].source.path
@@ -99,7 +99,7 @@ def write_lock(dataset: Dataset) -> GoldenLock:
         verdicts=dict(Counter(review["verdict"] for review in reviews)),
         first_date=dates[0],
         last_date=dates[-1],
-        left_out=dict(counts),
+        excluded_rows=dict(counts),
         contents=tuple(f"{content:016x}" for content in dataset.contents_N.tolist()),
     )
     write_file(lock_path, dump_json(golden_lock, indent=1))

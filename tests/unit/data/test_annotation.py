@@ -57,7 +57,7 @@ def test_verdicts_come_back_with_the_rows_unchanged(opened, tmp_path):
     assert reviews[1] == {"reviewer": "ada", "date": "2026-11-25", "verdict": "bad"}
     dataset = opened([row | {"review": review} for row, review in zip(rows, reviews, strict=True)])
     golden_lock = write_lock(dataset)
-    assert (golden_lock.verdicts, golden_lock.left_out) == ({"good": 2}, {"bad verdict": 1})
+    assert (golden_lock.verdicts, golden_lock.excluded_rows) == ({"good": 2}, {"bad verdict": 1})
     again = tmp_path / "again.csv"
     write_reviews(dataset, again)
     assert import_reviews(again, tmp_path / "again.jsonl").verdicts == {"good": 2}

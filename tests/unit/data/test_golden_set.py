@@ -45,7 +45,7 @@ def test_a_lock_says_who_reviewed_what(opened, tmp_path):
         2,
         {"good": 2},
     )
-    assert golden.left_out == {"unsettled verdict": 1}
+    assert golden.excluded_rows == {"unsettled verdict": 1}
     assert (golden.reviewers, golden.first_date, golden.last_date) == (
         {"ada": 2},
         "2026-11-11",
