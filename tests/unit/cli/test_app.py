@@ -88,12 +88,13 @@ def test_every_help_text_is_one_short_line_of_plain_words() -> None:
 def test_a_former_flag_is_refused_with_its_new_name(
     tunesmith: Callable[..., CliResult], flag: str
 ) -> None:
-    for words in (["plan", "r.yaml", flag], ["resume", "runs/x", f"{flag.replace('-', '_')}=1"]):
-        words[-1] = f"--{words[-1].lstrip('_-')}"
+    verb, _, name = flag.rpartition(" ")  # of one verb, or of all
+    snake = "--" + name.strip("-").replace("-", "_")
+    for words in ([verb or "plan", "r.yaml", name], [verb or "resume", "runs/x", f"{snake}=1"]):
         code, out, err = tunesmith(*words)
         assert (code, out) == (2, "")
         assert err == (
-            f"error: command line: {flag} is no longer a flag\n  fix: {OLD_FLAGS[flag]}\n"
+            f"error: command line: {name} is no longer a flag\n  fix: {OLD_FLAGS[flag]}\n"
         )
 
 
