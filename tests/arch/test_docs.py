@@ -100,6 +100,7 @@ def test_every_verb_has_a_page_with_its_options() -> None:
             "a",
             "b",
             "sources",
+            "tables",
             "name",
         }
         options = set(inspect.signature(verb).parameters) - positional

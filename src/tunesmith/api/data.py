@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from tunesmith.advise.curate import CurationResult
     from tunesmith.api.inputs import AnyInputs
     from tunesmith.data.dataset import Dataset
-    from tunesmith.data.golden_set import GoldenLock, ReviewImport
+    from tunesmith.data.golden_set import GoldenLock
+    from tunesmith.data.reviews import ReviewImport
     from tunesmith.data.split import SplitResult
     from tunesmith.recipe.load import RecipeLike
 
@@ -96,7 +97,7 @@ def data_lock(recipe: RecipeLike = None, **changes: Any) -> GoldenLock:
 
 def data_export_reviews(recipe: RecipeLike = None, *, to: AnyPath, **changes: Any) -> int:
     """Write the rows of `data` as CSV with columns for a review; return their number."""
-    from tunesmith.data.golden_set import write_reviews
+    from tunesmith.data.reviews import write_reviews
     from tunesmith.session.inputs import load_training_rows
 
     rows = load_training_rows(require_single_stage(read_recipe(recipe, **changes)))
@@ -104,14 +105,22 @@ def data_export_reviews(recipe: RecipeLike = None, *, to: AnyPath, **changes: An
 
 
 def data_import_reviews(
-    path: AnyPath, *, to: AnyPath, reviewer: str = "", date: str = ""
+    *paths: AnyPath,
+    to: AnyPath,
+    reviewer: str = "",
+    date: str = "",
+    response_schema: AnyPath | None = None,
 ) -> ReviewImport:
-    """Write the rows of a reviewed table to a file for `data_lock`.
+    """Write the rows of reviewed tables, corrected, to a file for `data_lock`.
 
-    `reviewer` and `date` are used for rows that name none."""
-    from tunesmith.data.golden_set import import_reviews
+    `reviewer` and `date` are used for rows that name none; corrections are checked against the file
+    `response_schema`. Where reviewers differ, a table beside the file lists their verdicts."""
+    from tunesmith.data.reviews import import_reviews
+    from tunesmith.session.datasets import read_response_schema
 
-    return import_reviews(Path(path), Path(to), reviewer=reviewer, day=date)
+    schema = read_response_schema(Path(response_schema) if response_schema else None)
+    tables = [Path(path) for path in paths]
+    return import_reviews(tables, Path(to), reviewer=reviewer, day=date, schema=schema)
 
 
 def data_split(

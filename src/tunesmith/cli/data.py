@@ -96,21 +96,24 @@ def data_export_reviews(
 
 
 def data_import_reviews(
-    path: Annotated[
-        Path, typer.Argument(metavar="FILE.csv", help="Table of export-reviews, with verdicts.")
+    tables: Annotated[
+        list[Path], typer.Argument(metavar="FILE.csv", help="Tables of export-reviews, filled in.")
     ],
     out: Annotated[Path, option("FILE.jsonl", "File to write.", "--out", "--to")],
     reviewer: Annotated[str, option("NAME", "Reviewer of rows that name none.")] = "",
     date: Annotated[str, option("DATE", "Date of rows that have none.")] = "",
+    response_schema: Annotated[
+        Path | None, option("FILE.json", "JSON schema of a correct answer.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read the verdicts of a reviewed table."""
-    reviewed = api.data_import_reviews(path, to=out, reviewer=reviewer, date=date)
-    verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in reviewed.verdicts.items())
-    text = f"{reviewed.rows:,} reviewed rows in {reviewed.path}: {verdicts}"
-    if reviewed.unanswered_rows:
-        text += f"; {reviewed.unanswered_rows:,} without a verdict skipped"
-    print_result(reviewed, text, as_json=as_json)
+    """Read verdicts and corrections of reviewed tables."""
+    from tunesmith.cli.views.data import render_reviews
+
+    reviewed = api.data_import_reviews(
+        *tables, to=out, reviewer=reviewer, date=date, response_schema=response_schema
+    )
+    print_result(reviewed, render_reviews(reviewed), as_json=as_json)
 
 
 def data_split(

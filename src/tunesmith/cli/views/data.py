@@ -1,4 +1,4 @@
-"""Views of `data check` and `data split`."""
+"""Views of `data check`, `data import-reviews` and `data split`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from rich.text import Text
 
 from tunesmith.cli.output import escape_markup, format_single_line
 from tunesmith.cli.views import make_table
-from tunesmith.core.formatting import format_rows
+from tunesmith.core.formatting import format_count, format_rows
 from tunesmith.core.types import DataReport, Finding
 
 if TYPE_CHECKING:
+    from tunesmith.data.agreement import Agreement
+    from tunesmith.data.reviews import ReviewImport
     from tunesmith.data.split import SplitResult
 
 LEVEL_MARKS = {"info": "·", "warn": "!", "error": "✗"}
@@ -105,3 +107,42 @@ def render_split(split: SplitResult) -> RenderableType:
             "tunesmith's folder"
         )
     return Group(*parts, escape_markup(split.path))
+
+
+def render_reviews(reviewed: ReviewImport) -> RenderableType:
+    """Show the verdicts of the rows, what was not used, and how far reviewers agree."""
+    verdicts = ", ".join(f"{rows:,} {verdict}" for verdict, rows in reviewed.verdicts.items())
+    lines = [f"{reviewed.rows:,} reviewed rows in {reviewed.path}: {verdicts}"]
+    for count, what in (
+        (reviewed.corrected_rows, "with a corrected answer"),
+        (reviewed.unanswered_rows, "without a verdict, left out"),
+    ):
+        if count:
+            lines.append(f"{format_count(count, 'row')} {what}")
+    if reviewed.replaced_verdicts:
+        earlier = "earlier verdicts of a reviewer on the same row: the later one counts"
+        lines.append(f"{reviewed.replaced_verdicts:,} {earlier}")
+    if reviewed.agreement:
+        lines += _list_agreement(reviewed.agreement)
+    if reviewed.disagreements:
+        fix = "fill in a verdict for each row, and import it with the other tables"
+        lines.append(f"to settle: {reviewed.disagreements} ({fix})")
+    return escape_markup("\n".join(lines))
+
+
+def _list_agreement(agreement: Agreement) -> list[str]:
+    """Return a line for each measure of agreement, with its interval."""
+    rows = format_count(agreement.rows, "row")
+    lines = [f"{rows} with several reviewers, who agree on {agreement.equal_rows:,}"]
+    for name, each in (
+        ("equal verdicts", agreement.share),
+        ("Krippendorff's alpha", agreement.alpha),
+        ("Gwet's AC1", agreement.ac1),
+    ):
+        if each.value is None:
+            lines.append(f"  {name}: undefined, as all verdicts are the same")
+        elif each.low is None or each.high is None:
+            lines.append(f"  {name}: {each.value:.2f} (too few rows for an interval)")
+        else:
+            lines.append(f"  {name}: {each.value:.2f} (95%: {each.low:.2f} to {each.high:.2f})")
+    return lines
