@@ -1,9 +1,10 @@
 """Compare the server with llama.cpp's under 16 clients: the base, and 8 adapters in turn.
 
     pip install xllamacpp
-    python -m benchmarks.serving.llama RUN [--rounds N] [--tokens N] [--threads N]
+    python -m benchmarks.serving.llama RUN ADAPTER.gguf [--rounds N] [--tokens N] [--threads N]
 
-RUN is a finished LoRA run whose base can be a GGUF. Both servers are processes of their own, with
+RUN is a finished LoRA run whose base can be a GGUF; ADAPTER.gguf is what llama.cpp's
+convert_lora_to_gguf.py makes of `tunesmith export RUN --to peft`. Both servers are processes of their own, with
 the same threads, and answer the same prompts (the demo's test rows) greedily over HTTP, in turn.
 Ours holds adapters of the run's shape with weights drawn by seed; llama.cpp loads the run's adapter
 eight times, which computes as much. Medians of the rounds are compared, by the clock and by the
@@ -167,6 +168,7 @@ def main() -> None:
         serve_llama(sys.argv[2], sys.argv[3], int(sys.argv[4]))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
+    parser.add_argument("adapter", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=2)
@@ -177,7 +179,6 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         api.export(args.run, "gguf", type="bf16", out=folder / "model")
-        api.export(args.run, "gguf", type="lora", out=folder / "lora")
         (folder / "adapters").mkdir()
         settings = {
             "base": str(base),
@@ -190,12 +191,12 @@ def main() -> None:
             },
         }
         (folder / "serve.yaml").write_text(json.dumps(settings))
-        (model,), (lora,) = (list((folder / part).glob("*.gguf")) for part in ("model", "lora"))
+        (model,) = (folder / "model").glob("*.gguf")
         threads = str(args.threads)
         ours_command = ["env", f"OMP_NUM_THREADS={threads}", sys.executable, "-m", "tunesmith"]
         ours_command += ["serve", str(folder / "serve.yaml")]
         this = [sys.executable, "-m", "benchmarks.serving.llama", LLAMA]
-        llama_command = [*this, str(model), str(lora), threads]
+        llama_command = [*this, str(model), str(args.adapter), threads]
         with (
             started(ours_command, folder / "ours.log") as (our_url, our_process),
             started(llama_command, folder / "llama.log") as (llama_url, llama_process),

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("dying_export.py")
-ALL = ("peft", "merged", "gguf-q8_0", "gguf-lora", "ollama-f16")
+ALL = ("peft", "merged", "gguf-q8_0", "ollama-f16")
 Dying = Callable[..., dict[str, dict[str, Any]]]
 
 
@@ -54,8 +54,8 @@ def check_full_disk(actual: dict[str, dict[str, Any]]) -> None:
 @pytest.mark.promise
 @pytest.mark.slow
 def test_fault_34_an_export_killed_here_and_there(dying_export: Dying) -> None:
-    actual = dying_export("die", 5, "merged", "gguf-lora")
-    assert actual.keys() == {"merged", "gguf-lora"}
+    actual = dying_export("die", 5, "merged", "peft")
+    assert actual.keys() == {"merged", "peft"}
     check_deaths(actual)
 
 
