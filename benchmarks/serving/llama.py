@@ -4,11 +4,12 @@
     python -m benchmarks.serving.llama RUN ADAPTER.gguf [--rounds N] [--tokens N] [--threads N]
 
 RUN is a finished LoRA run whose base can be a GGUF; ADAPTER.gguf is what llama.cpp's
-convert_lora_to_gguf.py makes of `tunesmith export RUN --to peft`. Both servers are processes of their own, with
-the same threads, and answer the same prompts (the demo's test rows) greedily over HTTP, in turn.
-Ours holds adapters of the run's shape with weights drawn by seed; llama.cpp loads the run's adapter
-eight times, which computes as much. Medians of the rounds are compared, by the clock and by the
-processor time of the servers. llama.cpp comes compiled for any CPU of its kind, not for this one.
+convert_lora_to_gguf.py makes of `tunesmith export RUN --to peft`. Both servers are processes of
+their own, with the same threads, and answer the same prompts (the demo's test rows) greedily over
+HTTP, in turn. Ours holds adapters of the run's shape with weights drawn by seed; llama.cpp loads
+the run's adapter eight times, which computes as much. Medians of the rounds are compared, by the
+clock and by the processor time of the servers. llama.cpp comes compiled for any CPU of its kind,
+not for this one.
 """
 
 from __future__ import annotations
