@@ -332,5 +332,3 @@ def test_exports_hold_the_rows(first: Recipe, model: Path, tmp_path: Path) -> No
     rows = str(write_rows(tmp_path / "next.jsonl", marked(1, 6)))
     plan = plan_recipe(make_tiny_recipe(tmp_path / "merged", tmp_path / "next", data=rows))
     assert plan.model.vocab_size == size, "a model for the next run"
-    with pytest.raises(InputError, match="GGUF adapter cannot hold the embeddings of added tokens"):
-        export_run(path, "gguf", kind="lora", out=tmp_path / "lora")
