@@ -4,7 +4,7 @@
 
 In: the folders of `python -m benchmarks.tasks.build`; man pages in eleven languages, fetched from
 Debian as there. All kinds are planted in one file of each task at once, `--each` rows of every kind
-that the task can have, so that about a quarter of the rows is wrong. Out: the table of
+that the task can have, so that about a third of the rows is wrong. Out: the table of
 docs/results/planted.md. A row is found if the finding of a check of its kind names it; false alarms
 are the rows without any fault that such a finding names.
 """
@@ -41,7 +41,7 @@ Row = tuple[str, str]  # prompt and answer
 
 @dataclass
 class Pool:
-    """What faults are made from."""
+    """Supply the faults of a task with rows, foreign titles and labels."""
 
     rng: random.Random
     rows: list[Row]  # those that stay as they are

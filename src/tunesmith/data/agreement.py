@@ -2,9 +2,9 @@
 
     verdicts of each row -> measure_agreement -> Agreement: share, Krippendorff's alpha, Gwet's AC1
 
-Both correct for chance. Alpha (Krippendorff 2011, nominal data) is low where nearly all rows have
-the same verdict; AC1 (Gwet 2008) is not. Both allow any number of reviewers, and rows that not all
-have seen; with two, alpha is near Cohen's kappa. Intervals are bootstrapped over rows."""
+Alpha (Krippendorff 2011, nominal data) and AC1 (Gwet 2008) correct for chance. Alpha is low where
+nearly all rows have the same verdict; AC1 is not. Both allow any number of reviewers, and rows that
+not all have seen; with two, alpha is near Cohen's kappa. Intervals are bootstrapped over rows."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MIN_INTERVAL_ROWS = 10
+MIN_ROWS = 10  # with several verdicts
 NUM_DRAWS = 2_000
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Coefficient:
-    """A value with its interval; None where the rows do not tell."""
+    """A value with its interval."""
 
-    value: float | None
-    low: float | None
-    high: float | None
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Agreement:
+    """Coefficients are None for fewer than MIN_ROWS rows, and where all verdicts are the same."""
+
     rows: int  # with verdicts of two reviewers or more
     equal_rows: int  # with one verdict
-    share: Coefficient  # of the pairs of verdicts on one row that are equal
-    alpha: Coefficient
-    ac1: Coefficient
+    share: Coefficient | None  # of the pairs of verdicts on one row that are equal
+    alpha: Coefficient | None
+    ac1: Coefficient | None
 
 
 def measure_agreement(verdicts: Sequence[Sequence[str]]) -> Agreement | None:
@@ -42,25 +44,23 @@ def measure_agreement(verdicts: Sequence[Sequence[str]]) -> Agreement | None:
     names = sorted({name for row in verdicts for name in row})
     counts = [list(map(Counter(row).__getitem__, names)) for row in verdicts if row]
     counts_NK = np.array(counts, dtype=np.float64).reshape(-1, len(names))
-    is_paired_N = counts_NK.sum(axis=1) >= 2
-    if not is_paired_N.any():
+    pairs_NK = counts_NK[counts_NK.sum(axis=1) >= 2]
+    if not len(pairs_NK):
         return None
-    num_equal = int((np.count_nonzero(counts_NK[is_paired_N], axis=1) == 1).sum())
+    num_equal = int((np.count_nonzero(pairs_NK, axis=1) == 1).sum())
+    if len(pairs_NK) < MIN_ROWS:
+        return Agreement(len(pairs_NK), num_equal, None, None, None)
     rng = np.random.default_rng(0)
-    draws_DN = rng.integers(len(counts_NK), size=(NUM_DRAWS, len(counts_NK)))
-    values_DC = np.array([compute_agreement(counts_NK[draw_N]) for draw_N in draws_DN])
-    tail = (1 - LEVEL) / 2
-    has_interval = is_paired_N.sum() >= MIN_INTERVAL_ROWS
-    coefficients: list[Coefficient] = []
-    for value, drawn_D in zip(compute_agreement(counts_NK), values_DC.T, strict=True):
+    draws = (rng.integers(len(counts_NK), size=len(counts_NK)) for _ in range(NUM_DRAWS))
+    values_DC = np.array([compute_agreement(counts_NK[draw_N]) for draw_N in draws])
+    coefficients: list[Coefficient | None] = []
+    for value, values_D in zip(compute_agreement(counts_NK), values_DC.T, strict=True):
         if np.isnan(value):
-            coefficients.append(Coefficient(None, None, None))
-        elif not has_interval:
-            coefficients.append(Coefficient(float(value), None, None))
+            coefficients.append(None)
         else:
-            low, high = np.nanquantile(drawn_D, [tail, 1 - tail])
-            coefficients.append(Coefficient(float(value), float(low), float(high)))
-    return Agreement(int(is_paired_N.sum()), num_equal, *coefficients)
+            low, high = np.nanquantile(values_D, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+            coefficients.append(Coefficient(value, float(low), float(high)))
+    return Agreement(len(pairs_NK), num_equal, *coefficients)
 
 
 def compute_agreement(counts_NK: np.ndarray) -> tuple[float, float, float]:

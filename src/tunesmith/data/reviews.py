@@ -293,11 +293,12 @@ def _correct(row: Json, answer: str, correction: str) -> Json | None:
 
 
 def _drop_replaced(reviews: Sequence[Review]) -> list[Review]:
-    """Return the latest review of each reviewer, and of those that decide the last one."""
-    latest = {
-        (review.reviewer, review.decides): review
-        for review in sorted(reviews, key=lambda review: review.date)
-    }
+    """Return the latest review of each reviewer, the latest of all last. One that decides does not
+    replace the opinion of the same reviewer."""
+    latest: dict[tuple[str, bool], Review] = {}
+    for review in sorted(reviews, key=lambda review: review.date):
+        latest.pop((review.reviewer, review.decides), None)
+        latest[review.reviewer, review.decides] = review
     return list(latest.values())
 
 

@@ -2,10 +2,10 @@
 
 In: an ExportJob. Out: `model-TYPE.gguf`, written tensor by tensor. Matrices have the requested
 type; vectors, and matrices with rows that do not fill its blocks, a wider one, as in llama.cpp's
-own converter. Only families that our
-reader and llama.cpp support are written; others are refused by name. A GGUF has only the name of a
-pre-tokenizer: the one that splits a probe text like the original. Read back by transformers' own
-GGUF reader, with tokenizer and template from the file alone. Left out: SentencePiece vocabularies.
+own converter. Only families that our reader and llama.cpp support are written; others are refused
+by name. A GGUF has only the name of a pre-tokenizer: the one that splits a probe text like the
+original. Read back by transformers' own GGUF reader, with tokenizer and template from the file
+alone. Left out: SentencePiece vocabularies.
 """
 
 from __future__ import annotations

@@ -176,6 +176,20 @@ def test_the_later_verdict_of_a_reviewer_counts(review):
     assert (rows[0]["review"]["date"], result.agreement) == ("2026-11-24", None)
 
 
+def test_the_last_one_that_decides_counts(review):
+    two = [
+        verdicts("ada", "good", date="2026-11-20"),
+        verdicts("bo", "bad", date="2026-11-20"),
+        verdicts("cy", "bad", date="2026-11-21", verdicts="..."),
+        verdicts("dan", "good", date="2026-11-22", verdicts="..."),
+        verdicts("cy", "bad", date="2026-11-23", verdicts="...", reason="read again"),
+    ]
+    _, rows = review(ROWS, *two)
+    entry = rows[0]["review"]
+    assert (entry["reviewer"], entry["verdict"], entry["date"]) == ("cy", "bad", "2026-11-23")
+    assert len(entry["reviews"]) == 4
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -237,10 +251,9 @@ def test_agreement_is_that_of_published_examples():
 def test_agreement_without_rows_or_variety_says_so():
     assert measure_agreement([["good"], ["bad"], []]) is None
     same = measure_agreement([["good", "good"]] * 20)
-    assert (same.share.value, same.alpha.value, same.ac1.value) == (1, None, None)
+    assert (same.share.value, same.alpha, same.ac1) == (1, None, None)
     few = measure_agreement([["good", "good"], ["good", "bad"], ["bad", "bad"]])
-    assert few.share.value == pytest.approx(2 / 3)
-    assert few.share.low is None
+    assert (few.rows, few.equal_rows, few.share, few.alpha) == (3, 2, None, None)
 
 
 def test_intervals_cover_the_agreement_of_many_rows():

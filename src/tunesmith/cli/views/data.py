@@ -131,18 +131,16 @@ def render_reviews(reviewed: ReviewImport) -> RenderableType:
 
 
 def _list_agreement(agreement: Agreement) -> list[str]:
-    """Return a line for each measure of agreement, with its interval."""
+    """Return a line for each measure of agreement that the rows give, with its interval."""
     rows = format_count(agreement.rows, "row")
     lines = [f"{rows} with several reviewers, who agree on {agreement.equal_rows:,}"]
+    if agreement.alpha is None:
+        lines[0] += "; too few rows or too equal verdicts to correct for chance"
     for name, each in (
         ("equal verdicts", agreement.share),
         ("Krippendorff's alpha", agreement.alpha),
         ("Gwet's AC1", agreement.ac1),
     ):
-        if each.value is None:
-            lines.append(f"  {name}: undefined, as all verdicts are the same")
-        elif each.low is None or each.high is None:
-            lines.append(f"  {name}: {each.value:.2f} (too few rows for an interval)")
-        else:
+        if each is not None:
             lines.append(f"  {name}: {each.value:.2f} (95%: {each.low:.2f} to {each.high:.2f})")
     return lines

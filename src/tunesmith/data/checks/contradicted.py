@@ -8,11 +8,10 @@ with the rows, mistakes and all. What words do not tell is not found."""
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
-from itertools import islice, takewhile
 
 import numpy as np
 
@@ -72,7 +71,7 @@ def check_mislabelled(context: CheckContext) -> Iterator[Finding]:
         f"{context.dataset.get_id(row)} {labels[i]!r}, not {label!r}?"
         for row, i, label in zip(rows[indexes].tolist(), indexes.tolist(), likely, strict=True)
     )
-    counts = describe_rows(len(indexes), len(rows), "have a label that their words contradict")
+    counts = _describe(context, len(indexes), len(rows), "have a label that their words contradict")
     message = f"{counts}; words tell enough to judge {is_sure_N.mean():.0%} of the rows"
     level = choose_level(len(indexes), len(rows))
     fix = "correct the labels that are wrong" if len(indexes) else ""
@@ -102,7 +101,7 @@ def check_swapped(context: CheckContext) -> Iterator[Finding]:
     swapped_rows = np.sort(rows_N[(is_sure_T & is_other_T).reshape(2, -1).all(axis=0)])
     if len(swapped_rows):
         predicate = "have a prompt that reads like an answer, and an answer like a prompt"
-        message = describe_rows(len(swapped_rows), len(rows_N), predicate)
+        message = _describe(context, len(swapped_rows), len(rows_N), predicate)
         level = choose_level(len(swapped_rows), len(rows_N))
         yield make_row_finding(context, "swapped", level, message, swapped_rows, "swap them back")
 
@@ -125,8 +124,8 @@ def check_cut_words(context: CheckContext) -> Iterator[Finding]:
             if should_close or (is_new and _is_beginning(answer[-1], vocabulary)):
                 cut_rows.append(row)
     if cut_rows:
-        predicate = "end within a word, or without the closing mark that the others have"
-        message = describe_rows(len(cut_rows), len(rows_N), predicate, noun="answers")
+        predicate = "have an answer that ends within a word, or not with a mark as the others do"
+        message = _describe(context, len(cut_rows), len(rows_N), predicate)
         level = choose_level(len(cut_rows), len(rows_N))
         fix = "complete the answers, or drop the rows"
         yield make_row_finding(context, "cut_words", level, message, np.sort(cut_rows), fix)
@@ -138,13 +137,19 @@ def _split_words(text: str) -> list[str]:
 
 def _is_beginning(word: str, vocabulary: list[str]) -> bool:
     """Return whether a longer word than the plural begins with this one; numbers do not count."""
-    following = islice(vocabulary, bisect_right(vocabulary, word), None)
-    longer = takewhile(lambda each: each.startswith(word), following)
+    longer = vocabulary[
+        bisect_right(vocabulary, word) : bisect_left(vocabulary, f"{word}\U0010ffff")
+    ]
     return not word.isdigit() and any(len(each) >= len(word) + MIN_REST_CHARS for each in longer)
 
 
 def _is_read(context: CheckContext) -> bool:
     return context.text_stats is not None and context.role != REHEARSAL_ROLE
+
+
+def _describe(context: CheckContext, count: int, total: int, predicate: str) -> str:
+    noun = "rows" if len(context.dataset) <= MAX_ROWS else "sampled rows"
+    return describe_rows(count, total, predicate, noun=noun)
 
 
 def _say_unchecked(check: str, reason: str) -> Finding:

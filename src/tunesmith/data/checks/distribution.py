@@ -128,11 +128,12 @@ def check_languages(context: CheckContext) -> Iterator[Finding]:
     sampled = ""
     if not stats.is_sampled_N.all():
         sampled = f" in a sample of {stats.is_sampled_N.sum():,} rows"
-    message = f"languages of {len(detected):,} answers{sampled}: {', '.join(shares) or 'not clear'}"
+    parts = [f"languages of {len(detected):,} answers{sampled}: {', '.join(shares)}"] * bool(shares)
     fix = ""
     if len(rows):
-        message += f"; rows with a prompt or answer in another language: {len(rows):,}"
+        parts.append(f"rows with a prompt or answer in another language: {len(rows):,}")
         fix = "if one language is intended, check these rows"
+    message = "; ".join(parts)
     level = "warn" if len(rows) > MAX_FOREIGN_SHARE * len(context.dataset) else "info"
     yield make_row_finding(context, "languages", level, message, rows, fix)
 

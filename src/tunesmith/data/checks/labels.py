@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from tunesmith.data.checks.context import (
 from tunesmith.data.checks.ngrams import hash_words
 from tunesmith.data.checks.pii import mask_secrets
 from tunesmith.data.checks.text_stats import extract_row_texts
-from tunesmith.data.labels import iter_answers
+from tunesmith.data.labels import MIN_LABEL_ROWS, iter_answers
 from tunesmith.data.rehearsal import REHEARSAL_ROLE
 from tunesmith.data.sampler import permute_rows
 
@@ -158,7 +158,8 @@ def check_label_in_prompt(context: CheckContext) -> Iterator[Finding]:
     if context.text_stats is None or context.role == REHEARSAL_ROLE or not context.labels:
         return
     dataset = context.dataset
-    labels = {tuple(hash_words(label).tolist()) for label in context.labels}
+    frequent = [label for label, count in context.labels.items() if count >= MIN_LABEL_ROWS]
+    labels = {tuple(hash_words(label).tolist()) for label in frequent}
     label_lengths = {len(label) for label in labels}
     copied_rows: list[int] = []
     other_share = 0.0
@@ -182,7 +183,7 @@ def check_label_in_prompt(context: CheckContext) -> Iterator[Finding]:
         fix = "remove it from the prompts: the model learns to copy a label that it will not get"
         rows = np.sort(copied_rows)
         yield make_row_finding(context, "label_in_prompt", "error", message, rows, fix)
-    elif marked := _find_marked(context):
+    elif marked := _find_marked(context, frequent):
         predicate = "have a prompt that gives the label away, in brackets, quotes or after a colon"
         message = describe_rows(len(marked), len(dataset), predicate)
         level = choose_level(len(marked), len(dataset))
@@ -190,10 +191,10 @@ def check_label_in_prompt(context: CheckContext) -> Iterator[Finding]:
         yield make_row_finding(context, "label_in_prompt", level, message, np.array(marked), fix)
 
 
-def _find_marked(context: CheckContext) -> list[int]:
+def _find_marked(context: CheckContext, labels: Sequence[str]) -> list[int]:
     """Return the rows whose prompt has their label, and no other one, in brackets or quotes or at
     the end of a line that introduces it."""
-    names = "|".join(sorted(map(re.escape, context.labels), key=len, reverse=True))
+    names = "|".join(sorted(map(re.escape, labels), key=len, reverse=True))
     pattern = re.compile(rf"[:=(\[{{<\"']\s*({names})\s*(?:[)\]}}>\"']|$)", re.MULTILINE)
     marked: list[int] = []
     for row in np.sort(permute_rows(0, 0, len(context.dataset))[:MAX_ROWS]).tolist():

@@ -13,6 +13,8 @@ from tunesmith.recipe.objectives import SCHEDULE_FIELDS, ScheduleName
 
 CONTRADICTION = "contradict each other: keep one"
 MASK_SWITCHES = ("assistant_only_loss", "completion_only_loss", "train_on_responses_only")
+QUANTIZATION_KEYS = ("bnb_4bit_quant_type", "quantization_type", "quantization_method")
+QUANTIZATION_KEYS += ("quant_method",)
 SCHEDULES = get_args(ScheduleName)
 LOSS_NAMES = {"sigmoid": "dpo", "dpo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float": "fp32"}
@@ -84,12 +86,7 @@ def _translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool) -> None:
         draft.pop_value(keys[0])
     if is_4bit:
         draft.pop_value("load_in_4bit")
-        for key in (
-            "bnb_4bit_quant_type",
-            "quantization_type",
-            "quantization_method",
-            "quant_method",
-        ):
+        for key in QUANTIZATION_KEYS:
             value = draft.pop_scalar(key)
             if value not in (None, "nf4", "bnb", "bitsandbytes"):
                 draft.skip_key(key, value, "4-bit weights are always NF4 of bitsandbytes")
@@ -363,8 +360,11 @@ def refuse_stage(draft: RecipeDraft, key: str) -> None:
 def translate_stage(
     draft: RecipeDraft, key: str, kinds: Json, losses: Json, marks: str = ""
 ) -> None:
-    """Translate the stage that `key` names; without it, `marks` are keys of DPO alone."""
+    """Translate the stage that `key` names, unless another key did; without it, `marks` are keys
+    of DPO alone."""
     value = draft.pop_text(key)
+    if draft.values.get("stage") == "preference":
+        return
     kind = kinds.get(value or "")
     if value is not None and kind is None:
         raise draft.make_error(key, f"{key}: {value} is not supported: use {', '.join(kinds)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def _iter_commands(path: Path) -> Iterator[list[tuple[str, int]]]:
 
 def _find_flags(texts: list[str]) -> int:
     """Return where the flags of a training command start, 0 if it is none."""
-    starts = [index + 1 for index, text in enumerate(texts) if text in COMMANDS]
-    return next((start for start in starts if texts[start - 2] == "swift"), 0)
+    pairs = enumerate(pairwise(texts), 2)
+    return next((i for i, (program, word) in pairs if program == "swift" and word in COMMANDS), 0)
 
 
 def _expand(text: str, variables: dict[str, str]) -> str:

@@ -457,6 +457,16 @@ def test_a_label_in_brackets_is_given_away(report):
     assert report(data=labelled_rows)["label_in_prompt"].rows == ("data.jsonl:5",)
 
 
+def test_rare_answers_hide_no_label_that_the_instruction_lists(report):
+    rows = [
+        chat(f"sport, food or weather? {text}", topic)
+        for topic in TOPICS
+        for text in reports_of(topic, 60)
+    ]
+    odd = [chat(prose(700 + i), f"{WORDS[i]} {i}") for i in range(15)]
+    assert "label_in_prompt" not in report(data=[*rows, *odd])
+
+
 def questions(count):
     return [
         chat(f"how do I use {prose(i, 3)}?", f"call {prose(900 + i, 6)} and read the result.")

@@ -52,6 +52,7 @@ def test_a_command_of_ms_swift(tmp_path: Path) -> None:
     [
         ("pt --max_length 64", "stage", "cpt"),
         ("rlhf --rlhf_type orpo", "loss", "orpo"),
+        ("rlhf --beta 0.2", "stage", "preference"),
         ("rlhf --rlhf_type dpo --beta 0.2", "stage", "preference"),
         ("sft --loss_scale all", "train_on", "all"),
         ("sft --split_dataset_ratio 0.1", "eval_split", 0.1),
