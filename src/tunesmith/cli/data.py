@@ -29,15 +29,17 @@ def data_check(
     """Check all data; exit with 2 if a run would refuse it."""
     recipe = parse_recipe_args(args)
     from tunesmith.cli.views.data import render_data
-    from tunesmith.data.rejects import has_many_dropped
+    from tunesmith.data.rejects import find_table_fault, has_many_dropped
     from tunesmith.recipe.schema import Recipe
 
     reports = api.data_check(recipe, rejected=rejected)
     print_result({"data": reports}, render_data(reports), as_json=as_json)
     recipes = [recipe] if isinstance(recipe, Recipe) else recipe.recipes
+    train_reports = [report for role, report in reports.items() if role.split()[-1] == "data"]
+    if any(map(find_table_fault, train_reports)):
+        sys.exit(2)
     if all(stage_recipe.skip_invalid for stage_recipe in recipes):
         return
-    train_reports = [report for role, report in reports.items() if role.split()[-1] == "data"]
     has_invalid_rows = any(report.rejected for report in reports.values())
     if has_invalid_rows or any(map(has_many_dropped, train_reports)):
         sys.exit(2)

@@ -18,7 +18,7 @@ from typing import Any, cast
 from tunesmith.core.atomic import atomic_file, disk_errors
 from tunesmith.core.errors import InputError
 from tunesmith.core.json_io import dump_json
-from tunesmith.core.types import DataReport, Json
+from tunesmith.core.types import DataReport, Finding, Json
 from tunesmith.data.dataset import NOT_RENDERED, Dataset, DataSourceReader
 from tunesmith.data.golden_set import refuse_test_leakage
 from tunesmith.data.length_stats import find_rare_rows, select_scan_rows
@@ -40,10 +40,15 @@ def refuse_unusable_rows(
     """Raise InputError for rows that no run uses: leaked test rows, invalid ones (see below), and
     tables with one label, or with columns that nothing reads."""
     refuse_test_leakage(datasets)
-    for finding in reports["data"].findings:
-        if finding.check in ("unused", "one_label") and finding.level == "error":
-            raise InputError(finding.message, where=f"data: {finding.rows[0]}", fix=finding.fix)
+    if finding := find_table_fault(reports["data"]):
+        raise InputError(finding.message, where=f"data: {finding.rows[0]}", fix=finding.fix)
     refuse_invalid_rows(datasets, reports, path, skip_invalid=skip_invalid)
+
+
+def find_table_fault(report: DataReport) -> Finding | None:
+    """Return why a table is refused: one label in all rows, or a column that nothing reads."""
+    faults = (each for each in report.findings if each.check in ("unused", "one_label"))
+    return next((finding for finding in faults if finding.level == "error"), None)
 
 
 def refuse_invalid_rows(

@@ -587,3 +587,19 @@ def test_an_error_that_nobody_reads_keeps_its_code(words: list[str]) -> None:
         assert process.stdout is not None
         process.stdout.close()
         assert process.wait(LIMIT_SECONDS) == 2
+
+
+def test_a_check_of_a_table_that_a_run_refuses_ends_with_2(
+    tunesmith: Callable[..., CliResult], tiny_folder: Path, tmp_path: Path
+) -> None:
+    lines = [
+        "text,label,source",
+        *(f"so it was {i},{'good' if i % 2 else 'bad'},x" for i in range(9)),
+    ]
+    table = tmp_path / "rows.csv"
+    table.write_text("\n".join(lines))
+    words = ("--model", str(tiny_folder), "--data", str(table), "--skip-invalid")
+    assert tunesmith("plan", *words)[0] == 2
+    assert tunesmith("data", "check", *words)[0] == 2
+    table.write_text("\n".join(line.rpartition(",")[0] for line in lines))
+    assert tunesmith("data", "check", *words)[0] == 0

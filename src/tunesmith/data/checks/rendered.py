@@ -24,6 +24,7 @@ from tunesmith.data.checks.pii import mask_secrets
 from tunesmith.data.checks.text_stats import MAX_NAMED_ROWS
 from tunesmith.data.dataset import MAX_DETECTION_ROWS
 from tunesmith.data.formats.parse import FORMATS, find_unused_keys
+from tunesmith.data.formats.tables import name_columns
 from tunesmith.data.json_schema import find_violation
 from tunesmith.data.length_stats import MAX_FULL_SCAN_ROWS
 from tunesmith.data.pretraining import DENSE
@@ -263,10 +264,13 @@ def _suggest_columns(context: CheckContext, first_key: str) -> str:
     is_table = part.row_kind == "answer" and part.format in ("completion", "alpaca", "text")
     if context.role != "data" or part.is_described or not is_table:
         return ""
-    names = [*FORMATS[part.format].keys]
+    names = {name: name for name in FORMATS[part.format].keys}
     if part.prompt_formatter:
-        names = [*part.prompt_formatter.columns, part.prompt_formatter.answer_column]
-    columns = ", ".join(f"{name}: {name}" for name in names)
+        formatter = part.prompt_formatter
+        names = name_columns(
+            formatter.columns, formatter.answer_column, has_classes=part.has_classes
+        )
+    columns = ", ".join(f"{name}: {column}" for name, column in names.items())
     fix = f"if it is not needed, name the columns that are: `columns: {{{columns}}}`"
     if part.format == "text":
         fix += f"; if it is the answer, `columns: {{{columns}, label: {first_key:.40}}}`"

@@ -51,7 +51,7 @@ def find_table(rows: Sequence[Row], has_template: bool) -> Table | None:
     Raises InputError for labels that are texts or lists."""
     columns: dict[str, str] = {}  # lower case -> name in the file
     for column in dict.fromkeys(key for row in rows for key in row.data):
-        columns.setdefault(column.strip().lower().replace(" ", "_"), column)
+        columns.setdefault(_normalize(column), column)
     if any(set(each.keys) <= set(columns) for name, each in FORMATS.items() if name != "text"):
         return None
     separator = "" if has_template else "\n\n"  # before the answer
@@ -71,6 +71,17 @@ def find_table(rows: Sequence[Row], has_template: bool) -> Table | None:
     if labels and all(value.isdecimal() for value in labels):
         reason += "; the labels are numbers without names (a column `label_text` would have them)"
     return Table(tuple(inputs.values()), columns[label], prompt, reason, True)
+
+
+def name_columns(inputs: Sequence[str], answer: str, *, has_classes: bool) -> dict[str, str]:
+    """Return {our name: column of the file} with which a recipe names the columns of a table."""
+    if not has_classes:
+        return {"prompt": inputs[0], "completion": answer}
+    return {_normalize(column): column for column in (*inputs, answer)}
+
+
+def _normalize(column: str) -> str:
+    return column.strip().lower().replace(" ", "_")
 
 
 def _check_labels(rows: Sequence[Row], column: str, text_column: str) -> list[str]:

@@ -13,8 +13,7 @@ from tunesmith.recipe.objectives import SCHEDULE_FIELDS, ScheduleName
 
 CONTRADICTION = "contradict each other: keep one"
 MASK_SWITCHES = ("assistant_only_loss", "completion_only_loss", "train_on_responses_only")
-QUANTIZATION_KEYS = ("bnb_4bit_quant_type", "quantization_type", "quantization_method")
-QUANTIZATION_KEYS += ("quant_method",)
+QUANT_KEYS = ("bnb_4bit_quant_type", "quantization_type", "quantization_method", "quant_method")
 SCHEDULES = get_args(ScheduleName)
 LOSS_NAMES = {"sigmoid": "dpo", "dpo": "dpo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"}
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float": "fp32"}
@@ -86,7 +85,7 @@ def _translate_lora(draft: RecipeDraft, source: str, *, is_4bit: bool) -> None:
         draft.pop_value(keys[0])
     if is_4bit:
         draft.pop_value("load_in_4bit")
-        for key in QUANTIZATION_KEYS:
+        for key in QUANT_KEYS:
             value = draft.pop_scalar(key)
             if value not in (None, "nf4", "bnb", "bitsandbytes"):
                 draft.skip_key(key, value, "4-bit weights are always NF4 of bitsandbytes")

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.errors import InputError
-from tunesmith.core.types import Json
 from tunesmith.recipe.importers.draft import NUMBER_PATTERN
 from tunesmith.recipe.yaml_lines import YamlMapping, YamlPath, read_text, read_yaml
 
 COMMANDS = ("sft", "pt", "rlhf")  # of ms-swift
 SETTING = re.compile(r"\w+=")
+# Up to a comment: a # that begins a word, outside of quotes.
+CODE = re.compile(r"""(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|(?<=\S)#|[^#'"\\])*""")
 VARIABLE = re.compile(r"\$\{?(\w+)\}?")
 
 
@@ -39,7 +40,7 @@ def read_config(path: Path) -> YamlMapping:
 def _read_command(path: Path) -> YamlMapping:
     """Read the flags of the first training command; variables that the script sets are replaced."""
     variables: dict[str, str] = {}
-    values: Json = {}
+    values: dict[str, list[Any]] = {}
     lines: dict[YamlPath, int] = {}
     for words in _iter_commands(path):
         texts = [word for word, _ in words]
@@ -49,9 +50,9 @@ def _read_command(path: Path) -> YamlMapping:
                 # what is set again is only known when it runs
                 variables[name] = f"${name}" if name in variables else _expand(value, variables)
         elif values:
-            values["another command"] = Expression(f"line {words[0][1]}")
+            values["another command"] = [Expression(f"line {words[0][1]}")]
         else:
-            values["swift"] = texts[start - 1]
+            values["swift"] = [texts[start - 1]]
             key = "positional"
             for text, line in words[start:]:
                 if text.startswith("--"):
@@ -65,10 +66,8 @@ def _read_command(path: Path) -> YamlMapping:
     return YamlMapping(str(path), {key: _join(items) for key, items in values.items()}, lines)
 
 
-def _join(items: Any) -> Any:
+def _join(items: list[Any]) -> Any:
     """Return the value of a flag; without one it is a switch."""
-    if not isinstance(items, list):
-        return items
     if any(isinstance(item, Expression) for item in items):
         return Expression(" ".join(map(str, items)))
     return items[0] if len(items) == 1 else items or True
@@ -78,9 +77,10 @@ def _iter_commands(path: Path) -> Iterator[list[tuple[str, int]]]:
     """Yield the words of each command with their lines."""
     words: list[tuple[str, int]] = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        text = line.rstrip()
+        rest = CODE.sub("", line, count=1)
+        text = (line.removesuffix(rest) if rest.startswith("#") else line).rstrip()
         try:
-            parts = shlex.split(text.removesuffix("\\"), comments=True)
+            parts = shlex.split(text.removesuffix("\\"))
         except ValueError as error:
             raise InputError(f"not a shell command: {error}", where=f"{path}:{number}") from None
         words += [(part, number) for part in parts]

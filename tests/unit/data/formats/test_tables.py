@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tiny_runs import write_rows
 from tunesmith.core.errors import InputError
@@ -108,6 +109,20 @@ def test_labels_that_are_texts_are_refused(tmp_path: Path, words: Any) -> None:
         open_table(path, words)
     mapped = open_table(path, words, columns={"prompt": "text", "completion": "label"})
     assert read_turns(mapped)[0] == "fine"
+
+
+@pytest.mark.parametrize("header", ["text,label,source", "Text,Label,Source", "Question,Answer,x"])
+def test_the_columns_that_the_refusal_names_are_read_as_before(
+    tmp_path: Path, words: Any, header: str
+) -> None:
+    path = write_table(tmp_path / "a.csv", header, [(*review, "x") for review in REVIEWS])
+    refused = open_table(path, words)
+    with pytest.raises(InputError, match="not used") as caught:
+        refuse(refused)
+    fix = yaml.safe_load(str(caught.value.fix).split("`")[1])
+    described = open_table(path, words, **fix)
+    refuse(described)
+    assert read_turns(described) == read_turns(refused)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,15 @@ from tunesmith.core.errors import InputError
 from tunesmith.recipe.importers.convert import Translation, translate
 
 SCRIPT = """\
-ROWS=2
+# it's a comment
+ROWS=2  # rows
 OUT=a
 OUT="$OUT-b"
 CUDA_VISIBLE_DEVICES=0 \\
 swift sft \\
     --model org/base \\
     --train_type lora \\
-    --dataset 'org/chats#500' HF::org/more \\
+    --dataset org/chats#500 HF::org/more \\
     --torch_dtype bfloat16 --quant_bits 4 \\
     --per_device_train_batch_size "$ROWS" \\
     --gradient_accumulation_steps 4 \\
